@@ -1,0 +1,68 @@
+"""Bad input is refused here, with one template: what was expected, what came, the remedy."""
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_data", "check_positive"]
+
+
+def check_data(
+    name: str, value: object, *, ndim: int | None = None, floating: bool = False
+) -> Tensor:
+    """Refuse data that no model can be fitted to.
+
+    Args:
+        name: What the value is called in the error.
+        value: The value to check.
+        ndim: The rank that it must have; any from 1 on if None.
+        floating: Whether it must be of a floating point type.
+
+    Returns:
+        ``value``, unchanged.
+
+    Raises:
+        TypeError: If it is not a tensor, or not of a floating point type where one is needed.
+        ValueError: If it has the wrong rank, no rows, or values that are not finite.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"Expected {name} to be a torch.Tensor; got {type(value).__name__}. "
+            f"Try torch.as_tensor({name})."
+        )
+    if floating and not value.is_floating_point():
+        raise TypeError(
+            f"Expected {name} of a floating point dtype; got {value.dtype}. "
+            f"Try {name}.to(torch.get_default_dtype())."
+        )
+    if value.dim() == 0 or (ndim is not None and value.dim() != ndim):
+        expected = "at least one dimension" if ndim is None else f"{ndim} dimension(s)"
+        raise ValueError(
+            f"Expected {name} with {expected}, the first one the data; got shape "
+            f"{tuple(value.shape)}."
+        )
+    if value.shape[0] == 0 or value.numel() == 0:
+        raise ValueError(f"Expected {name} with at least one datum; got {tuple(value.shape)}.")
+    if value.is_floating_point():
+        finite = torch.isfinite(value)
+        if not finite.all():
+            where = tuple(int(i) for i in (~finite).nonzero()[0])
+            raise ValueError(
+                f"Expected finite values in {name}; got {int((~finite).sum())} that are NaN or "
+                f"infinite, the first one at {where}. Remove these data, or mask them in the "
+                f"model with pyro.poutine.mask."
+            )
+    return value
+
+
+def check_positive(name: str, value: float, *, minimum: float | None = None) -> None:
+    """Refuse a setting that is not a positive finite number, or is below ``minimum``.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    bound = "a positive number" if minimum is None else f"a number >= {minimum}"
+    too_small = value <= 0 if minimum is None else value < minimum
+    if not math.isfinite(value) or too_small:
+        raise ValueError(f"Expected {name} to be {bound}; got {value}.")
