@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["check_data", "check_positive"]
+__all__ = ["check_data", "check_finite", "check_positive"]
 
 
 def check_data(
@@ -66,3 +66,13 @@ def check_positive(name: str, value: float, *, minimum: float | None = None) -> 
     too_small = value <= 0 if minimum is None else value < minimum
     if not math.isfinite(value) or too_small:
         raise ValueError(f"Expected {name} to be {bound}; got {value}.")
+
+
+def check_finite(name: str, value: float) -> None:
+    """Refuse a setting that is not a finite number.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not math.isfinite(value):
+        raise ValueError(f"Expected {name} to be a finite number; got {value}.")

@@ -1,13 +1,13 @@
 """What a (model, guide) pair is made of: its sites and plates, and its parameters.
 
 A pair is any two callables with the same arguments: functions with ``pyro.param`` or
-``pyro.module``, ``PyroModule`` objects, bound methods, ``poutine``-wrapped programs. A missing guide
+``pyro.module``, ``PyroModule`` objects, bound methods, ``poutine``-wrapped programs. No guide
 (``None``) stands for one that samples nothing.
 """
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 __all__ = [
     "PairStructure",
     "Program",
+    "data_plate",
     "inspect_pair",
     "modules_of",
     "no_guide",
@@ -47,6 +48,8 @@ class PairStructure:
         model_enumerated: Latent sites that the model sums out.
         guide_enumerated: Latent sites of which the guide takes the exact expectation.
         max_plate_nesting: How many tensor dimensions the plates use.
+        not_reparameterised: Sites of the guide whose samples have no pathwise gradient.
+        masked: Sites of the guide under a mask.
         has_analytic_kl: Whether ``TraceMeanField_ELBO`` is right for this pair.
     """
 
@@ -59,6 +62,8 @@ class PairStructure:
     model_enumerated: tuple[str, ...]
     guide_enumerated: tuple[str, ...]
     max_plate_nesting: int
+    not_reparameterised: tuple[str, ...]
+    masked: tuple[str, ...]
     has_analytic_kl: bool
 
 
@@ -94,7 +99,7 @@ def inspect_pair(
     guide = no_guide if guide is None else guide
     model_trace, guide_trace = _plain_traces(model, guide, args, kwargs or {})
     _check_sites_match(model_trace, guide_trace)
-    frame = _data_frame((model_trace, guide_trace), plate, require_plate)
+    frame = data_plate((model_trace, guide_trace), plate, required=require_plate)
 
     def is_local(site: dict) -> bool:
         return any(f.name == plate for f in site["cond_indep_stack"])
@@ -113,6 +118,8 @@ def inspect_pair(
         ),
         guide_enumerated=tuple(n for n, s in guide_sites.items() if s["infer"].get("enumerate")),
         max_plate_nesting=_plate_nesting((model_trace, guide_trace)),
+        not_reparameterised=tuple(n for n, s in guide_sites.items() if not _has_rsample(s)),
+        masked=tuple(n for n, s in guide_sites.items() if not _is_unmasked(s)),
         has_analytic_kl=_is_mean_field(model_sites, guide_sites),
     )
 
@@ -155,11 +162,15 @@ def parameters_of(
         The parameters that require a gradient, in a fixed order.
     """
     guide = no_guide if guide is None else guide
-    with poutine.trace(param_only=True) as capture, poutine.block(hide_types=["sample"]):
-        with _untouched_random_state(args, kwargs or {}), torch.enable_grad():
-            # a run without its log-probabilities: the parameters are all that is wanted
-            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs or {})
-            poutine.replay(model, trace=guide_trace)(*args, **kwargs or {})
+    kwargs = kwargs or {}
+    with (
+        poutine.trace(param_only=True) as capture,
+        poutine.block(hide_types=["sample"]),
+        _untouched_random_state(args, kwargs),
+        torch.enable_grad(),
+    ):
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        poutine.replay(model, trace=guide_trace)(*args, **kwargs)
     declared = [_unconstrained(site["value"]) for site in capture.trace.nodes.values()]
     owned = [p for module in modules_of(model, guide) for p in module.parameters()]
     unique = {id(p): p for p in [*owned, *declared] if p.requires_grad}
@@ -182,6 +193,30 @@ def plate_size(program: Program, size: int, *, plate: str = "data") -> Program:
         A program with the same arguments.
     """
     return _PlateSize(size, plate)(program)
+
+
+def data_plate(traces: Iterable[Trace], plate: str, *, required: bool = True) -> Any:
+    """The frame of the data plate in some traces, with ``size``, ``full_size`` and ``dim``.
+
+    Raises:
+        ValueError: If there is no such plate and it is required, or if it is sequential.
+    """
+    sites = [site for trace in traces for site in _sample_sites(trace).values()]
+    frames = [frame for site in sites for frame in site["cond_indep_stack"]]
+    found = next((frame for frame in frames if frame.name == plate), None)
+    if found is None and required:
+        names = sorted({frame.name for frame in frames})
+        has = f"plates named {names}" if names else "no plates at all"
+        raise ValueError(
+            f"Expected a plate named '{plate}' over the data; got {has}. Wrap the data in "
+            f"pyro.plate('{plate}', len(x)), or name the plate that holds them by plate=."
+        )
+    if found is not None and not found.vectorized:
+        raise ValueError(
+            f"Expected plate '{plate}' to be vectorised (with pyro.plate(...):); got a sequential "
+            f"one (for i in pyro.plate(...))."
+        )
+    return found
 
 
 class _PlateSize(Messenger):
@@ -249,25 +284,6 @@ def _check_sites_match(model_trace: Trace, guide_trace: Trace) -> None:
             )
 
 
-def _data_frame(traces: tuple[Trace, ...], plate: str, required: bool) -> Any:
-    sites = [site for trace in traces for site in _sample_sites(trace).values()]
-    frames = [frame for site in sites for frame in site["cond_indep_stack"]]
-    found = next((frame for frame in frames if frame.name == plate), None)
-    if found is None and required:
-        names = sorted({frame.name for frame in frames})
-        has = f"plates named {names}" if names else "no plates at all"
-        raise ValueError(
-            f"Expected a plate named '{plate}' over the data; got {has}. Wrap the data in "
-            f"pyro.plate('{plate}', len(x)), or name the plate that holds them by plate=."
-        )
-    if found is not None and not found.vectorized:
-        raise ValueError(
-            f"Expected plate '{plate}' to be vectorised (with pyro.plate(...):); got a sequential "
-            f"one (for i in pyro.plate(...))."
-        )
-    return found
-
-
 def _plate_nesting(traces: tuple[Trace, ...]) -> int:
     sites = [site for trace in traces for site in _sample_sites(trace).values()]
     dims = [f.dim for site in sites for f in site["cond_indep_stack"] if f.vectorized]
@@ -286,13 +302,21 @@ def _is_mean_field(model_sites: dict[str, dict], guide_sites: dict[str, dict]) -
         return False
     if any(name not in guide_sites for name, s in model_sites.items() if not s["is_observed"]):
         return False
-    if not all(getattr(s["fn"], "has_rsample", False) for s in guide_sites.values()):
+    if not all(_has_rsample(site) for site in guide_sites.values()):
         return False
     return all(
         _same(model_sites[name][key], guide_sites[name][key])
         for name in shared
         for key in ("scale", "mask")
     )
+
+
+def _has_rsample(site: dict) -> bool:
+    return bool(getattr(site["fn"], "has_rsample", False))
+
+
+def _is_unmasked(site: dict) -> bool:
+    return site["mask"] is None or site["mask"] is True
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -1,8 +1,8 @@
 """(model, guide) -> terms: the seam, and the one place that reads traces.
 
-Run the guide, replay the model on it, and sort the sites relative to the data plate; what comes out
-are log-probabilities per datum. With ``K`` particles, ``N`` data, local latents ``z``, global latents
-``g`` and observations ``x``::
+Run the guide, replay the model on it, and sort the sites relative to the data plate; what comes
+out are log-probabilities per datum. With ``K`` particles, ``N`` data, local latents ``z``, global
+latents ``g`` and observations ``x``::
 
     log p(x_i, z_i | g) = log_likelihood_i + sum_s log_prior[s]_i
     log w_i             = log p(x_i, z_i | g) - sum_s log_guide[s]_i
@@ -14,7 +14,7 @@ while ``log_weight`` sums them out too: for y enumerated and z drawn from q(z | 
 log sum_y p(x, y, z_y) / q(z_y | y, x), whose exponential has the mean p(x).
 
 The plate's scale (data in all / data in the minibatch) stays beside the terms. A user's own
-``poutine.scale`` on a site is part of the term, and so is the scale of a plate nested in the data's.
+``poutine.scale`` on a site is part of the term, and so is the scale of a plate inside the data's.
 """
 
 from collections import OrderedDict
@@ -41,8 +41,8 @@ from pyro_lvm.pair import Program, inspect_pair, no_guide
 __all__ = [
     "PARTICLES",
     "Terms",
-    "analytic_kl",
     "compute_terms",
+    "depends_on_enumeration",
     "sample_table",
     "terms_from_traces",
 ]
@@ -57,28 +57,35 @@ class Terms:
     Attributes:
         log_likelihood: ``K x N``, log p(x_i | z_i, g), over all observed sites of a datum.
         log_prior: Site -> ``K x N``, one entry per local latent of the guide.
-        log_guide: Site -> ``K x N``, one entry per local site of the guide, auxiliary ones included.
+        log_guide: Site -> ``K x N``, one entry per local site of the guide, auxiliary ones too.
         log_weight: ``K x N``, log p(x_i, z_i | g) / q(z_i | x_i, g), enumerated sites summed out.
+        kl: Site -> ``K x N``, log q - log p of each local site of the guide, or the closed form of
+            its expectation if that was asked for and is known.
         global_log_prior: ``K``, all sites of the model outside the plate.
         global_log_guide: ``K``, all sites of the guide outside the plate.
+        global_kl: ``K``, ``global_log_guide - global_log_prior``, or closed forms likewise.
         samples: Site -> ``K x N x (nested plates) x event``; local latents without enumeration.
         global_samples: Site -> ``K x (plates) x event``.
         observed: Site -> ``N x (nested plates) x event``, the observations in the plate.
         discrete: Site -> whether the observations have a density against the counting measure.
         plate_scale: Data in all / data in this run, never multiplied into the terms.
+        has_globals: Whether there are sites outside the plate.
     """
 
     log_likelihood: Tensor
     log_prior: dict[str, Tensor]
     log_guide: dict[str, Tensor]
     log_weight: Tensor
+    kl: dict[str, Tensor]
     global_log_prior: Tensor
     global_log_guide: Tensor
+    global_kl: Tensor
     samples: dict[str, Tensor]
     global_samples: dict[str, Tensor]
     observed: dict[str, Tensor]
     discrete: dict[str, bool]
     plate_scale: float
+    has_globals: bool
 
     @property
     def num_particles(self) -> int:
@@ -141,13 +148,17 @@ def compute_terms(
     return terms_from_traces(model_trace, guide_trace, plate=plate)
 
 
-def terms_from_traces(model_trace: Trace, guide_trace: Trace, *, plate: str = "data") -> Terms:
+def terms_from_traces(
+    model_trace: Trace, guide_trace: Trace, *, plate: str = "data", analytic: bool = False
+) -> Terms:
     """Read the terms of traces that a Pyro objective has drawn.
 
     Args:
         model_trace: The trace of the model, replayed on the guide's, with log-probabilities.
         guide_trace: The trace of the guide.
         plate: Name of the data plate, which must be in the traces.
+        analytic: Whether ``kl`` has closed forms where Pyro knows them. They are expectations given
+            what comes before a site, right under the mean-field condition.
 
     Returns:
         The terms.
@@ -155,28 +166,14 @@ def terms_from_traces(model_trace: Trace, guide_trace: Trace, *, plate: str = "d
     Raises:
         ValueError: If an enumerated site has no value per datum.
     """
-    return _Reader(model_trace, guide_trace, plate).terms()
+    return _Reader(model_trace, guide_trace, plate).terms(analytic)
 
 
-def analytic_kl(model_trace: Trace, guide_trace: Trace, *, plate: str = "data") -> dict[str, Tensor]:
-    """KL(q || p) in closed form, site -> ``K x N``, where Pyro knows one for the local latent."""
-    reader = _Reader(model_trace, guide_trace, plate)
-    tables = {}
-    for name, site in reader.guide_sites.items():
-        if reader.is_local(site) and name in reader.model_sites:
-            try:
-                kl = kl_divergence(site["fn"], reader.model_sites[name]["fn"])
-            except NotImplementedError:
-                continue
-            tables[name] = reader.table([reader.pack(site, kl)])
-    return tables
-
-
-def sample_table(site: dict, plate: str, num_particles: int) -> Tensor:
+def sample_table(site: dict, plate: str) -> Tensor:
     """A site's value as ``K x N x (nested plates, from the left) x event``.
 
-    The particles' dimension is the leftmost that a plate uses; the data's is given by its frame.
-    Dimensions that no plate of the site uses have size 1 and are dropped.
+    Dimensions that no plate of the site uses have size 1 and are dropped; ``K`` is 1 without a
+    plate over particles, and ``N`` is left out for a site outside the data plate.
     """
     value, event_dim = site["value"], site["fn"].event_dim
     frames = {f.name: f.dim for f in site["cond_indep_stack"] if f.vectorized}
@@ -185,11 +182,17 @@ def sample_table(site: dict, plate: str, num_particles: int) -> Tensor:
     rank = max(-min(dims, default=0), value.dim() - event_dim)
     event = value.shape[value.dim() - event_dim :]
     value = value.reshape((1,) * (rank + event_dim - value.dim()) + value.shape)
-    rest = [d for d in range(-rank, 0) if d not in dims]
-    order = [d - event_dim for d in (*dims, *rest)] + list(range(-event_dim, 0))
-    sizes = [value.shape[d - event_dim] for d in dims]
-    table = value.permute(order).reshape([*sizes, *event])
-    return table if PARTICLES in frames else table.expand(num_particles, *table.shape)
+    unused = [d for d in range(-rank, 0) if d not in dims]
+    order = [d - event_dim for d in (*dims, *unused)] + list(range(-event_dim, 0))
+    table = value.permute(order).reshape([value.shape[d - event_dim] for d in dims] + [*event])
+    return table if PARTICLES in frames else table.unsqueeze(0)
+
+
+def depends_on_enumeration(site: dict) -> bool:
+    """Whether a site's value has dimensions beside those of its plates."""
+    plates = max((-f.dim for f in site["cond_indep_stack"] if f.vectorized), default=0)
+    batch = site["value"].shape[: site["value"].dim() - site["fn"].event_dim]
+    return any(size > 1 for size in batch[: len(batch) - plates])
 
 
 class _Factor(NamedTuple):
@@ -216,11 +219,10 @@ class _Reader:
         self.num_data = int(data.size)
         self.num_particles = int(frames[PARTICLES].size) if PARTICLES in frames else 1
         self.plate_scale = (data.full_size or data.size) / data.size
-        self.rows = {self.symbols.get(PARTICLES), self.symbols[plate]} - {None}
         self.summed_by_model = self._enumerated(self.model_sites, without=self.guide_sites)
         self.summed_by_guide = self._enumerated(self.guide_sites)
 
-    def terms(self) -> Terms:
+    def terms(self, analytic: bool) -> Terms:
         """Everything at once; the heavy parts are shared."""
         local = {n: s for n, s in self.guide_sites.items() if self.is_local(s)}
         log_guide = {n: self.table([self.log_prob(s)]) for n, s in local.items()}
@@ -229,18 +231,27 @@ class _Reader:
             log_weight = self._weight_over_guide_sums()
         else:
             log_weight = log_likelihood + sum(log_prior.values()) - sum(log_guide.values())
+        global_log_prior = self._global(self.model_sites)
+        global_log_guide = self._global(self.guide_sites)
+        kl = {n: log_q - log_prior.get(n, 0.0) for n, log_q in log_guide.items()}
+        global_kl = global_log_guide - global_log_prior
+        if analytic:
+            kl, global_kl = self._with_closed_forms(kl, global_kl)
         return Terms(
             log_likelihood=log_likelihood,
             log_prior=log_prior,
             log_guide=log_guide,
             log_weight=log_weight,
-            global_log_prior=self._global(self.model_sites),
-            global_log_guide=self._global(self.guide_sites),
+            kl=kl,
+            global_log_prior=global_log_prior,
+            global_log_guide=global_log_guide,
+            global_kl=global_kl,
             samples=self._samples(local),
             global_samples=self._global_samples(),
             observed={n: self._rows_of(s)[0] for n, s in self._observed().items()},
             discrete={n: _is_discrete(s) for n, s in self._observed().items()},
             plate_scale=self.plate_scale,
+            has_globals=any(not self.is_local(s) for s in self._all_sites()),
         )
 
     def is_local(self, site: dict) -> bool:
@@ -262,6 +273,25 @@ class _Reader:
         for term in log_probs:
             total = total + self._to_rows(self._expectation(term))
         return total
+
+    def _with_closed_forms(
+        self, kl: dict[str, Tensor], global_kl: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        for name, site in self.guide_sites.items():
+            if name not in self.model_sites:
+                continue
+            try:
+                closed_form = kl_divergence(site["fn"], self.model_sites[name]["fn"])
+            except NotImplementedError:
+                continue
+            packed_kl = self.pack(site, closed_form)
+            if self.is_local(site):
+                kl[name] = self.table([packed_kl])
+            else:
+                drawn = [self.log_prob(site), packed.neg(self.log_prob(self.model_sites[name]))]
+                global_kl = global_kl + self._per_particle([packed_kl])
+                global_kl = global_kl - self._per_particle(drawn)
+        return kl, global_kl
 
     # the model's side: sums over sites that the model enumerates
 
@@ -293,7 +323,7 @@ class _Reader:
         }
 
     def _sum_out(self, factors: Sequence[_Factor], sums: set[str]) -> list[Tensor]:
-        """log of the sum over ``sums`` of the product of factors, as packed tensors."""
+        """Log of the sum over ``sums`` of the product of factors, as packed tensors."""
         if not factors:
             return []
         scale = _common_scale(factors)
@@ -340,7 +370,7 @@ class _Reader:
         raise KeyError(symbol)
 
     def _weight_over_guide_sums(self) -> Tensor:
-        """log sum over enumerated sites of p(x, z) / q(sampled z): linear, hence unbiased."""
+        """Log sum over enumerated sites of p(x, z) / q(sampled z): linear, hence unbiased."""
         sums = self.summed_by_model | self.summed_by_guide
         numerator = [s for s in self.model_sites.values() if self.is_local(s)]
         denominator = [
@@ -367,12 +397,8 @@ class _Reader:
         # the mask of an enumerated site does not take its prior away: the sum would not be one
         is_sum = site["infer"].get("_enumerate_symbol") in self.summed_by_model
         mask = None if is_sum else site["packed"]["mask"]
-        ordinal = frozenset(
-            self.symbols[f.name] for f in site["cond_indep_stack"] if f.vectorized
-        )
-        return _Factor(
-            packed.scale_and_mask(log_prob, mask=mask), self._user_scale(site), ordinal
-        )
+        ordinal = frozenset(self.symbols[f.name] for f in site["cond_indep_stack"] if f.vectorized)
+        return _Factor(packed.scale_and_mask(log_prob, mask=mask), self._user_scale(site), ordinal)
 
     def _user_scale(self, site: dict) -> float | Tensor:
         # an objective that weighs a site leaves the user's own scale beside it
@@ -403,12 +429,15 @@ class _Reader:
         return found
 
     def _global(self, sites: dict[str, dict]) -> Tensor:
-        particle = self.symbols.get(PARTICLES)
+        return self._per_particle(
+            [self.log_prob(site) for site in sites.values() if not self.is_local(site)]
+        )
+
+    def _per_particle(self, log_probs: Iterable[Tensor]) -> Tensor:
+        """The sum of packed log-probabilities over all but the particles, ``K``."""
         total = self._zeros()[:, 0]
-        for site in sites.values():
-            if not self.is_local(site):
-                term = self.log_prob(site)
-                total = total + _sum_to(term, {particle})
+        for term in log_probs:
+            total = total + _sum_to(term, {self.symbols.get(PARTICLES)})
         return total
 
     def _to_rows(self, term: Tensor) -> Tensor:
@@ -428,16 +457,12 @@ class _Reader:
         return {
             name: self._rows_of(site)
             for name, site in local.items()
-            if not self._depends_on_enumeration(site)
+            if not depends_on_enumeration(site)
         }
 
-    def _depends_on_enumeration(self, site: dict) -> bool:
-        plates = max((-f.dim for f in site["cond_indep_stack"] if f.vectorized), default=0)
-        batch = site["value"].shape[: site["value"].dim() - site["fn"].event_dim]
-        return any(size > 1 for size in batch[: len(batch) - plates])
-
     def _rows_of(self, site: dict) -> Tensor:
-        return sample_table(site, self.plate, self.num_particles)
+        table = sample_table(site, self.plate)
+        return table.expand(self.num_particles, *table.shape[1:])
 
     def _global_samples(self) -> dict[str, Tensor]:
         return {

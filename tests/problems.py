@@ -184,7 +184,9 @@ def mixture() -> Problem:
 
     def model(x):
         loc = pyro.param("loc", torch.tensor([[-1.0, 0.0], [1.0, 0.5], [0.0, 0.0]]))
-        weights = pyro.param("weights", torch.tensor([0.2, 0.3, 0.5]), constraint=constraints.simplex)
+        weights = pyro.param(
+            "weights", torch.tensor([0.2, 0.3, 0.5]), constraint=constraints.simplex
+        )
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Categorical(weights), infer={"enumerate": "parallel"})
             pyro.sample("x", dist.Normal(loc[z], 1.0).to_event(1), obs=x)
@@ -192,7 +194,10 @@ def mixture() -> Problem:
     def guide(x):
         pass
 
-    loc, weights = torch.tensor([[-1.0, 0.0], [1.0, 0.5], [0.0, 0.0]]), torch.tensor([0.2, 0.3, 0.5])
+    loc, weights = (
+        torch.tensor([[-1.0, 0.0], [1.0, 0.5], [0.0, 0.0]]),
+        torch.tensor([0.2, 0.3, 0.5]),
+    )
     parts = dist.Normal(loc, 1.0).to_event(1).log_prob(x[:, None]) + weights.log()
     return Problem(model, guide, (x,), parts.logsumexp(-1), enumerated=True)
 
