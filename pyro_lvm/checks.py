@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["check_data", "check_finite", "check_positive"]
+__all__ = ["check_count", "check_data", "check_finite", "check_positive"]
 
 
 def check_data(
@@ -66,6 +66,16 @@ def check_positive(name: str, value: float, *, minimum: float | None = None) -> 
     too_small = value <= 0 if minimum is None else value < minimum
     if not math.isfinite(value) or too_small:
         raise ValueError(f"Expected {name} to be {bound}; got {value}.")
+
+
+def check_count(name: str, value: int) -> None:
+    """Refuse a count that is not a positive integer.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"Expected {name} to be a positive integer; got {value!r}.")
 
 
 def check_finite(name: str, value: float) -> None:

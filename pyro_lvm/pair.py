@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.distributions import Delta
 from pyro.infer.enum import get_importance_trace
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_messenger import Trace
@@ -50,6 +51,7 @@ class PairStructure:
         max_plate_nesting: How many tensor dimensions the plates use.
         not_reparameterised: Sites of the guide whose samples have no pathwise gradient.
         masked: Sites of the guide under a mask.
+        point_masses: Sites of the guide whose distribution is a ``Delta``.
         has_analytic_kl: Whether ``TraceMeanField_ELBO`` is right for this pair.
     """
 
@@ -64,6 +66,7 @@ class PairStructure:
     max_plate_nesting: int
     not_reparameterised: tuple[str, ...]
     masked: tuple[str, ...]
+    point_masses: tuple[str, ...]
     has_analytic_kl: bool
 
 
@@ -120,6 +123,7 @@ def inspect_pair(
         max_plate_nesting=_plate_nesting((model_trace, guide_trace)),
         not_reparameterised=tuple(n for n, s in guide_sites.items() if not _has_rsample(s)),
         masked=tuple(n for n, s in guide_sites.items() if not _is_unmasked(s)),
+        point_masses=tuple(n for n, s in guide_sites.items() if _is_point_mass(s)),
         has_analytic_kl=_is_mean_field(model_sites, guide_sites),
     )
 
@@ -313,6 +317,13 @@ def _is_mean_field(model_sites: dict[str, dict], guide_sites: dict[str, dict]) -
 
 def _has_rsample(site: dict) -> bool:
     return bool(getattr(site["fn"], "has_rsample", False))
+
+
+def _is_point_mass(site: dict) -> bool:
+    fn = site["fn"]
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, Delta)
 
 
 def _is_unmasked(site: dict) -> bool:

@@ -17,25 +17,22 @@ The plate's scale (data in all / data in the minibatch) stays beside the terms. 
 ``poutine.scale`` on a site is part of the term, and so is the scale of a plate inside the data's.
 """
 
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
-import opt_einsum
 import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from pyro.ops import packed
-from pyro.ops.contract import contract_tensor_tree
-from pyro.ops.rings import LogRing
 from pyro.poutine import unwrap
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_messenger import Trace
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from pyro_lvm.contraction import Factor, expectation, named, names, sum_out, sum_to
 from pyro_lvm.pair import Program, inspect_pair, no_guide
 
 __all__ = [
@@ -195,14 +192,6 @@ def depends_on_enumeration(site: dict) -> bool:
     return any(size > 1 for size in batch[: len(batch) - plates])
 
 
-class _Factor(NamedTuple):
-    """One site's log-probability: packed tensor (mask applied, no scale), scale, plates."""
-
-    log_prob: Tensor
-    scale: float | Tensor
-    ordinal: frozenset[str]
-
-
 class _Reader:
     """Sorts the sites of a pair of traces and contracts their log-probabilities."""
 
@@ -307,13 +296,13 @@ class _Reader:
                 log_prior[name] = self.table([plain.pop(name)])
             else:  # log p(z_j | z_<j) = log p(z_<=j) - log p(z_<j), each with its sums taken
                 given.append(entangled[name])
-                before, joint = joint, self.table(self._sum_out(given, self.summed_by_model))
+                before, joint = joint, self.table(sum_out(given, self.summed_by_model))
                 log_prior[name] = joint - before
-        everything = self._sum_out(list(entangled.values()), self.summed_by_model)
+        everything = sum_out(list(entangled.values()), self.summed_by_model)
         return log_prior, self.table([*plain.values(), *everything]) - joint
 
     def _is_entangled(self, site: dict) -> bool:
-        return not self.summed_by_model.isdisjoint(site["packed"]["unscaled_log_prob"]._pyro_dims)
+        return not self.summed_by_model.isdisjoint(names(site["packed"]["unscaled_log_prob"]))
 
     def _sums(self) -> set[str]:
         return {
@@ -322,51 +311,24 @@ class _Reader:
             if s["infer"].get("_enumerate_symbol") in self.summed_by_model
         }
 
-    def _sum_out(self, factors: Sequence[_Factor], sums: set[str]) -> list[Tensor]:
-        """Log of the sum over ``sums`` of the product of factors, as packed tensors."""
-        if not factors:
-            return []
-        scale = _common_scale(factors)
-        tree: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
-        for factor in factors:
-            tree.setdefault(factor.ordinal, []).append(_fresh(factor.log_prob))
-        sizes = {
-            dim: size
-            for f in factors
-            for dim, size in zip(f.log_prob._pyro_dims, f.log_prob.shape, strict=True)
-        }
-        contracted = contract_tensor_tree(tree, set(sums), ring=LogRing(dim_to_size=sizes))
-        return [packed.scale_and_mask(t, scale=scale) for ts in contracted.values() for t in ts]
-
     # the guide's side: expectations, and sums in the importance weights
 
     def _expectation(self, term: Tensor) -> Tensor:
         """E_q[term] over the sites that the guide enumerates and the term depends on."""
-        wanted = self.summed_by_guide.intersection(term._pyro_dims)
-        if not wanted:
-            return term
-        operands, seen = [], set()
-        while wanted - seen:  # a site's probability brings in those that it depends on
-            symbol = (wanted - seen).pop()
-            seen.add(symbol)
-            probability = self._guide_probability(symbol)
-            wanted |= self.summed_by_guide.intersection(probability._pyro_dims)
-            operands.append(probability)
-        # -inf where the guide puts no mass counts as nothing there, not as nan
-        finite = term.clamp(min=torch.finfo(term.dtype).min)
-        inputs = [term._pyro_dims, *(p._pyro_dims for p in operands)]
-        output = "".join(sorted(set("".join(inputs)) - wanted))
-        result = opt_einsum.contract(f"{','.join(inputs)}->{output}", finite, *operands)
-        result._pyro_dims = output
-        return result
+        probabilities: dict[str, Tensor] = {}
+        while wanted := self._guide_sums_in(term, *probabilities.values()) - set(probabilities):
+            symbol = min(wanted)  # a site's probability brings in those that it depends on
+            probabilities[symbol] = self._guide_probability(symbol)
+        return expectation(term, probabilities)
+
+    def _guide_sums_in(self, *terms: Tensor) -> set[str]:
+        return self.summed_by_guide.intersection("".join(names(t) for t in terms))
 
     def _guide_probability(self, symbol: str) -> Tensor:
         for site in self.guide_sites.values():
             if site["infer"].get("_enumerate_symbol") == symbol:
                 log_prob = site["packed"]["unscaled_log_prob"]
-                probability = log_prob.exp()
-                probability._pyro_dims = log_prob._pyro_dims
-                return probability
+                return named(log_prob.exp(), names(log_prob))
         raise KeyError(symbol)
 
     def _weight_over_guide_sums(self) -> Tensor:
@@ -380,25 +342,25 @@ class _Reader:
         ]
         total, factors = self._zeros(), []
         for site, sign in [(s, 1) for s in numerator] + [(s, -1) for s in denominator]:
-            if sums.isdisjoint(site["packed"]["unscaled_log_prob"]._pyro_dims):
+            if sums.isdisjoint(names(site["packed"]["unscaled_log_prob"])):
                 total = total + sign * self._to_rows(self.log_prob(site))
             else:
                 factor = self._factor(site)
                 signed = factor.log_prob if sign > 0 else packed.neg(factor.log_prob)
                 factors.append(factor._replace(log_prob=signed))
-        for term in self._sum_out(factors, sums):
+        for term in sum_out(factors, sums):
             total = total + self._to_rows(term)
         return total
 
     # reading single sites
 
-    def _factor(self, site: dict) -> _Factor:
+    def _factor(self, site: dict) -> Factor:
         log_prob = site["packed"]["unscaled_log_prob"]
         # the mask of an enumerated site does not take its prior away: the sum would not be one
         is_sum = site["infer"].get("_enumerate_symbol") in self.summed_by_model
         mask = None if is_sum else site["packed"]["mask"]
         ordinal = frozenset(self.symbols[f.name] for f in site["cond_indep_stack"] if f.vectorized)
-        return _Factor(packed.scale_and_mask(log_prob, mask=mask), self._user_scale(site), ordinal)
+        return Factor(packed.scale_and_mask(log_prob, mask=mask), self._user_scale(site), ordinal)
 
     def _user_scale(self, site: dict) -> float | Tensor:
         # an objective that weighs a site leaves the user's own scale beside it
@@ -437,15 +399,15 @@ class _Reader:
         """The sum of packed log-probabilities over all but the particles, ``K``."""
         total = self._zeros()[:, 0]
         for term in log_probs:
-            total = total + _sum_to(term, {self.symbols.get(PARTICLES)})
+            total = total + sum_to(term, {self.symbols.get(PARTICLES)})
         return total
 
     def _to_rows(self, term: Tensor) -> Tensor:
         """Sum out the nested plates; ``K x N``."""
         rows = [self.symbols.get(PARTICLES), self.symbols[self.plate]]
-        kept = [s for s in rows if s is not None and s in term._pyro_dims]
-        value = _sum_to(term, set(kept))
-        order = [value._pyro_dims.index(s) for s in kept]
+        kept = [s for s in rows if s is not None and s in names(term)]
+        value = sum_to(term, set(kept))
+        order = [names(value).index(s) for s in kept]
         shape = [
             size if symbol in kept else 1
             for symbol, size in zip(rows, (self.num_particles, self.num_data), strict=True)
@@ -502,34 +464,3 @@ def _is_discrete(site: dict) -> bool:
         return bool(site["fn"].support.is_discrete)
     except NotImplementedError:  # a distribution that does not know its support
         return not site["value"].is_floating_point()
-
-
-def _common_scale(factors: Sequence[_Factor]) -> float | Tensor:
-    """One scale outside the sum; with several there is no density to take the logarithm of."""
-    scales = [f.scale for f in factors]
-    if any(isinstance(s, Tensor) and s.dim() > 0 for s in scales):
-        raise ValueError(
-            "Expected a scalar poutine.scale around sites that an enumerated one touches; got a "
-            "tensor with one scale per element."
-        )
-    if len({float(s) for s in scales}) > 1:
-        raise ValueError(
-            f"Expected one poutine.scale around an enumerated site and the sites that depend on "
-            f"it; got {sorted({float(s) for s in scales})}. A KL weight and an exact sum exclude "
-            f"each other: sample the site in the guide, or give all of them the same scale."
-        )
-    return scales[0]
-
-
-def _fresh(term: Tensor) -> Tensor:
-    """A tensor object of its own, as Pyro's contraction needs them, with the packed names kept."""
-    result = term[...]
-    result._pyro_dims = term._pyro_dims
-    return result
-
-
-def _sum_to(term: Tensor, kept: set) -> Tensor:
-    positions = [i for i, symbol in enumerate(term._pyro_dims) if symbol not in kept]
-    result = term.sum(positions) if positions else term[...]
-    result._pyro_dims = "".join(s for s in term._pyro_dims if s in kept)
-    return result

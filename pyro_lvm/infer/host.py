@@ -36,7 +36,7 @@ def host_class(structure: PairStructure) -> type[ELBO]:
 
 
 @cache
-def recorded(base: type[ELBO]) -> type[ELBO]:
+def recorded(base: Any) -> Any:
     """A subclass of an objective that keeps its runs in ``runs``.
 
     Its instances take the KL weight of local latents from ``weight``, a `LocalWeight`.
@@ -55,7 +55,8 @@ class _Recorder:
     def _get_trace(self, *args: Any) -> tuple[Trace, Trace]:
         with self.weight:
             traces = super()._get_trace(*args)  # type: ignore[misc]
-        self.runs.append(Run(*traces, indices=self.weight.take_indices()))
+        model_trace, guide_trace = traces
+        self.runs.append(Run(model_trace, guide_trace, self.weight.take_indices()))
         return traces
 
 

@@ -193,7 +193,8 @@ class TraceInfo_ELBO(ELBO):
                 self._prepared.clear()
             structure = self.check_pair(model, guide, args, kwargs)
             weight = LocalWeight(1.0 - self.alpha, self.plate, structure.model_enumerated)
-            host = recorded(self.host or host_class(structure))(weight=weight, **self._settings)
+            base: Any = self.host or host_class(structure)
+            host = recorded(base)(weight=weight, **self._settings)
             self._prepared[key] = host, structure
         host, structure = self._prepared[key]
         host.runs.clear()
@@ -321,7 +322,7 @@ class _PairLoss(ELBOModule):
     """The loss of a pair as a module whose parameters are complete for bound methods too."""
 
     def __init__(self, model: Program, guide: Program, elbo: TraceInfo_ELBO) -> None:
-        super().__init__(model, guide, elbo)  # type: ignore[arg-type]
+        super().__init__(model, guide, elbo)
         self.owners = nn.ModuleList(modules_of(model, guide, elbo.divergence))
 
 

@@ -1,0 +1,1 @@
+"""Latent variable models on Pyro, for any (model, guide) pair."""

@@ -1,0 +1,108 @@
+"""Distributions that torch, Pyro and Zuko lack."""
+
+import math
+from typing import Any
+
+import torch
+from pyro.distributions import TorchDistribution
+from pyro.ops.indexing import Vindex
+from torch import Tensor
+from torch.distributions import constraints
+
+__all__ = ["IndexedNormal"]
+
+
+class IndexedNormal(TorchDistribution):
+    """A Gaussian chosen by an index from a table of ``C`` of them, N(x; loc[index], S[index]).
+
+    It is what a mixture's component is given its label. With the label enumerated,
+    ``MultivariateNormal(loc[z], scale_tril=scale_tril[z])`` would hold and solve one triangular
+    system per datum and component; here all data share one triangular solve per component.
+
+    The covariance is S = L L^T with L = diag(scale) (I + tril), where ``tril`` is strictly lower
+    triangular (its upper part is ignored) and free: L is invertible for every positive ``scale``,
+    and no matrix is ever factorised.
+
+    Args:
+        index: Which Gaussian, integers of any shape.
+        loc: Means, ``... x C x D``, where ``...`` are batch dimensions.
+        scale: Conditional standard deviations of each feature given those before it,
+            ``... x C x D`` or broadcastable to it (spherical ``C x 1``, tied ``1 x D``).
+        tril: ``... x C x D x D``, or broadcastable (``1 x D x D`` for tied ones); None for a
+            diagonal covariance.
+        validate_args: As in torch.
+    """
+
+    arg_constraints: dict[str, Any] = {}  # noqa: RUF012 - torch's interface
+    support = constraints.real_vector
+    has_rsample = True
+
+    def __init__(
+        self,
+        index: Tensor,
+        loc: Tensor,
+        scale: Tensor,
+        tril: Tensor | None = None,
+        *,
+        validate_args: bool | None = None,
+    ) -> None:
+        self.index, self.loc, self.scale = index, loc, scale
+        self.tril = None if tril is None else tril.tril(-1)
+        batch_shape = torch.broadcast_shapes(index.shape, loc.shape[:-2])
+        super().__init__(batch_shape, loc.shape[-1:], validate_args=validate_args)
+
+    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> "IndexedNormal":
+        """The same distribution over more batch dimensions; the table is shared."""
+        new = self._get_checked_instance(IndexedNormal, _instance)
+        batch_shape = torch.Size(batch_shape)  # Pyro's plates hand over a list
+        new.index, new.loc, new.scale = self.index.expand(batch_shape), self.loc, self.scale
+        new.tril = self.tril
+        super(IndexedNormal, new).__init__(batch_shape, self.event_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log N(value; loc[index], S[index]), nats."""
+        if self._validate_args:
+            self._validate_sample(value)
+        table = self.log_prob_table(value)  # ... x C
+        shape = torch.broadcast_shapes(self.batch_shape, table.shape[:-1])
+        index = self.index.expand(shape).unsqueeze(-1)
+        return table.expand(*shape, table.shape[-1]).gather(-1, index).squeeze(-1)
+
+    def log_prob_table(self, value: Tensor) -> Tensor:
+        """The log-density under every Gaussian of the table, ``... x C``, nats."""
+        difference = value.unsqueeze(-2) - self.loc  # ... x C x D
+        white = self._solve(difference / self.scale)
+        log_det = self.scale.log().expand(*self.scale.shape[:-1], self.loc.shape[-1]).sum(-1)
+        constant = 0.5 * self.loc.shape[-1] * math.log(2 * math.pi)
+        return -0.5 * white.square().sum(-1) - log_det - constant
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        """Reparameterised draws, ``sample_shape x batch x D``."""
+        shape = self._extended_shape(sample_shape)
+        noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
+        index = self.index.expand(self.batch_shape)
+        if self.tril is not None:
+            noise = noise + (self._choose(self.tril, index, 2) @ noise.unsqueeze(-1)).squeeze(-1)
+        return self._choose(self.loc, index, 1) + self._choose(self.scale, index, 1) * noise
+
+    def _solve(self, scaled: Tensor) -> Tensor:
+        """(I + tril)^-1 y for every Gaussian, ``... x C x D``."""
+        if self.tril is None:
+            return scaled
+        unit = self.tril + torch.eye(self.tril.shape[-1]).to(self.tril)
+        if unit.dim() == 3 and scaled.dim() > 2:  # one solve per Gaussian, the data as columns
+            columns = scaled.reshape(-1, *scaled.shape[-2:]).permute(1, 2, 0)  # C x D x N
+            white = torch.linalg.solve_triangular(unit, columns, upper=False, unitriangular=True)
+            return white.permute(2, 0, 1).reshape(scaled.shape)
+        column = torch.linalg.solve_triangular(
+            unit, scaled.unsqueeze(-1), upper=False, unitriangular=True
+        )
+        return column.squeeze(-1)
+
+    def _choose(self, table: Tensor, index: Tensor, event_dim: int) -> Tensor:
+        event = (slice(None),) * event_dim
+        if table.shape[-1 - event_dim] == 1:  # shared by all Gaussians
+            index = torch.zeros_like(index)
+        return Vindex(table)[(..., index, *event)]

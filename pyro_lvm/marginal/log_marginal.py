@@ -1,0 +1,133 @@
+"""The record that every estimator of log p(x) returns."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pyro_lvm.terms import Terms
+
+__all__ = ["BaseMeasure", "LogMarginal", "Observations"]
+
+BaseMeasure = Literal["continuous", "discrete", "mixed"]
+
+
+@dataclass(frozen=True)
+class Observations:
+    """What a score is about, so that scores of different data are not ranked.
+
+    Attributes:
+        checksum: ``N``, a weighted sum of each datum's values; the weights are the same for all
+            models, so two models agree on it, within rounding, if they saw the same data.
+        values_per_datum: How many numbers a datum has.
+        base_measure: Whether densities are per unit of volume, probabilities, or products of both.
+    """
+
+    checksum: Tensor
+    values_per_datum: int
+    base_measure: BaseMeasure
+
+    @classmethod
+    def of(cls, terms: Terms) -> "Observations":
+        """The observations that some terms were computed for."""
+        flat = [v.reshape(terms.num_data, -1).double() for v in terms.observed.values()]
+        values = torch.cat(flat, 1).cpu() if flat else torch.zeros(terms.num_data, 0)
+        weights = torch.cos(torch.arange(values.shape[1], dtype=torch.float64))
+        kinds = set(terms.discrete.values())
+        measure: BaseMeasure = "mixed"
+        if len(kinds) == 1:
+            measure = "discrete" if kinds.pop() else "continuous"
+        return cls(values.double() @ weights, values.shape[1], measure)
+
+    def same_data(self, other: "Observations") -> bool:
+        """Whether both are about the same data, up to single precision."""
+        return (
+            self.values_per_datum == other.values_per_datum
+            and self.checksum.shape == other.checksum.shape
+            and torch.allclose(self.checksum, other.checksum, rtol=1e-4, atol=1e-4)
+        )
+
+
+@dataclass(frozen=True)
+class LogMarginal:
+    """An estimate of log p(x_i) for each of ``N`` data, in nats, given the fitted parameters.
+
+    Attributes:
+        log_prob: ``N``.
+        std_error: ``N``, standard errors of ``log_prob`` from sampling, by the delta method; 0 for
+            an exact value, nan for a single sample.
+        ess: ``N``, effective number of samples, (sum w)^2 / sum w^2.
+        pareto_k: ``N``, shape of the tail of the weights (Vehtari et al. 2024). Above 0.7 neither
+            the estimate nor its error is to be trusted; -inf for weights that do not vary, nan for
+            too few samples to tell.
+        method: How it was computed.
+        num_samples: ``K``; 0 for an exact value.
+        observations: What the score is about.
+    """
+
+    log_prob: Tensor
+    std_error: Tensor
+    ess: Tensor
+    pareto_k: Tensor
+    method: str
+    num_samples: int
+    observations: Observations
+
+    @property
+    def mean(self) -> float:
+        """Mean log p(x) per datum, nats."""
+        return float(self.log_prob.mean())
+
+    @property
+    def mean_std_error(self) -> float:
+        """Standard error of `mean` as an estimate of the population's: data and sampling.
+
+        The spread of ``log_prob`` over the data contains the sampling error already.
+        """
+        if len(self.log_prob) < 2:
+            return math.nan
+        return float(self.log_prob.std() / math.sqrt(len(self.log_prob)))
+
+    @property
+    def sampling_std_error(self) -> float:
+        """The part of the error of `mean` that more samples would remove."""
+        return float(self.std_error.square().sum().sqrt() / len(self.std_error))
+
+    @property
+    def num_unreliable(self) -> int:
+        """Data whose Pareto k is above 0.7."""
+        return int((self.pareto_k > 0.7).sum())
+
+    def __str__(self) -> str:
+        data = f"over {len(self.log_prob)} data"
+        value = f"log p(x) = {self.mean:.3f} +- {self.mean_std_error:.3f} nats per datum {data}"
+        if self.num_samples == 0:
+            return f"{value} ({self.method})"
+        lines = [
+            f"{value} ({self.method}, {self.num_samples} samples; sampling error "
+            f"{self.sampling_std_error:.3f})",
+            f"  ESS median {self.ess.median():.0f}, least {self.ess.min():.1f}; "
+            f"Pareto k > 0.7 at {self.num_unreliable} of {len(self.log_prob)} data",
+        ]
+        return "\n".join([*lines, *(f"  warning: {w}" for w in self.warnings())])
+
+    __repr__ = __str__
+
+    def warnings(self) -> list[str]:
+        """Reasons not to trust the estimate, each with what to do about it."""
+        found = []
+        if self.num_unreliable:
+            found.append(
+                f"Pareto k above 0.7 at {self.num_unreliable} of {len(self.log_prob)} data: the "
+                f"guide misses mass of the posterior there, so that log p(x) is likely too low and "
+                f"its error bar too short. Take more samples, or fit a better guide."
+            )
+        few = int((self.ess < 10).sum())
+        if few and self.num_samples > 1:
+            found.append(
+                f"fewer than 10 effective samples at {few} of {len(self.log_prob)} data. Take more "
+                f"samples."
+            )
+        return found

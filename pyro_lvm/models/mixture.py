@@ -1,0 +1,252 @@
+"""The Gaussian mixture as a Pyro pair, its label enumerated."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoNormal
+from pyro.nn import PyroParam, PyroSample, pyro_method
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_lvm.checks import check_data, check_positive
+from pyro_lvm.distributions import IndexedNormal
+from pyro_lvm.models.base import Model
+
+__all__ = ["Covariance", "GaussianMixture"]
+
+Covariance = Literal["full", "tied", "diagonal", "spherical"]
+
+
+class GaussianMixture(Model):
+    """A mixture of Gaussians, its label summed out.
+
+        p(x) = sum_c weights_c N(x; loc_c, S_c)
+        model:  z_i ~ Categorical(weights),  x_i ~ N(loc[z_i], S[z_i])
+
+    with sites "z", summed out exactly, and "x" in the plate "data". The covariance is S = L L^T,
+    L = diag(scale) (I + tril) with ``scale`` at least the floor and ``tril`` strictly lower
+    triangular: scale is each feature's standard deviation given the features before it, and no
+    duplicated point or constant column can make S singular.
+
+    The parameters are ``weights`` ``C``, ``loc`` ``C x D``, ``scale`` (``C x D``; tied ``1 x D``;
+    spherical ``C x 1``) and, for full and tied covariances, ``tril`` (``C x D x D``; tied
+    ``1 x D x D``). They are fitted by maximum likelihood, and ``guide`` is empty. A parameter with
+    a prior is a global latent instead, and ``guide`` an autoguide over all of these; what needs a
+    value of it then takes the guide's median.
+
+    Args:
+        num_components: ``C``.
+        num_features: ``D``.
+        covariance: The shape of the covariances.
+        priors: Parameter name -> Distribution with no batch shape and the event shape above.
+        autoguide: From a model to the guide of the parameters with priors.
+        floor: The least ``scale``; if None, 1e-3 until ``initialize`` sets it to a thousandth of
+            the data's standard deviation.
+        plate: Name of the data plate.
+
+    Raises:
+        ValueError: If a size, the covariance or a prior does not fit.
+    """
+
+    def __init__(
+        self,
+        num_components: int,
+        num_features: int,
+        covariance: Covariance = "full",
+        *,
+        priors: Mapping[str, Any] | None = None,
+        autoguide: Callable[[Callable], Callable] = AutoNormal,
+        floor: float | None = None,
+        plate: str = "data",
+    ) -> None:
+        super().__init__()
+        check_positive("num_components", num_components, minimum=1)
+        check_positive("num_features", num_features, minimum=1)
+        if covariance not in get_args(Covariance):
+            raise ValueError(f"Expected covariance in {get_args(Covariance)}; got {covariance!r}.")
+        if floor is not None:
+            check_positive("floor", floor)
+        self.num_components, self.num_features = num_components, num_features
+        self.covariance, self.plate = covariance, plate
+        self.floor, self._floor_is_given = floor or 1e-3, floor is not None
+        self.priors = dict(priors or {})
+        self._declare(self._starting_values())
+        self._autoguide: Any = None
+        if self.priors:
+            self._autoguide = autoguide(poutine.block(self.model, hide=["z", "x"]))
+
+    @pyro_method
+    def model(self, x: Tensor) -> Tensor:
+        """The generative story, conditioned on x ``N x D``."""
+        self._check(x)
+        weights, table = self.weights, self._table()
+        with pyro.plate(self.plate, len(x)):
+            z = pyro.sample("z", dist.Categorical(weights), infer={"enumerate": "parallel"})
+            return pyro.sample("x", IndexedNormal(z, *table), obs=x)
+
+    @pyro_method
+    def guide(self, x: Tensor) -> Any:
+        """The posterior of the parameters that have priors; nothing without any."""
+        return None if self._autoguide is None else self._autoguide(x)
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> "GaussianMixture":
+        """Set parameters without priors from k-means clusters, started by k-means++.
+
+        The clusters' shares, means and covariances become the mixture's (Arthur and Vassilvitskii
+        2007 for the start). Random numbers come from torch's global generator.
+
+        Args:
+            x: ``N x D``.
+
+        Returns:
+            The mixture itself.
+        """
+        self._check(x)
+        check_data("x", x, ndim=2, floating=True)
+        data = x.detach().to("cpu", torch.float64)
+        if not self._floor_is_given:
+            deviation = float(data.var(0, unbiased=False).mean().sqrt())
+            self.floor = 1e-3 * deviation if deviation > 0 else 1e-3
+        labels = _kmeans(data, self.num_components)
+        values = self._moments(data, labels)
+        like = next(iter(self.parameters()), x)
+        self._declare({n: v.to(like.device, like.dtype) for n, v in values.items()})
+        return self
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log p(x_i), ``N``, nats."""
+        return torch.logsumexp(self._joint(x), -1)
+
+    def responsibilities(self, x: Tensor) -> Tensor:
+        """p(z_i = c | x_i), ``N x C``."""
+        return torch.softmax(self._joint(x), -1)
+
+    def assign(self, x: Tensor) -> Tensor:
+        """The most probable label of each datum, ``N``."""
+        return self._joint(x).argmax(-1)
+
+    @torch.no_grad()
+    def sample(self, num_samples: int) -> Tensor:
+        """Draws of x, ``num_samples x D``."""
+        values = self.values()
+        z = dist.Categorical(values["weights"]).sample((num_samples,))
+        return IndexedNormal(z, values["loc"], values["scale"], values.get("tril")).sample()
+
+    def covariances(self) -> Tensor:
+        """S, ``C x D x D``."""
+        values = self.values()
+        unit = torch.eye(self.num_features).to(values["loc"])
+        if "tril" in values:
+            unit = unit + values["tril"].tril(-1)
+        shape = (self.num_components, self.num_features, self.num_features)
+        factor = (values["scale"].unsqueeze(-1) * unit).expand(shape)
+        return factor @ factor.mT
+
+    def values(self) -> dict[str, Tensor]:
+        """The parameters by name; those with priors at the guide's median."""
+        medians = self._autoguide.median() if self._autoguide is not None else {}
+        prefix = f"{self._pyro_name}."
+        return {
+            name: medians[prefix + name] if name in self.priors else getattr(self, name)
+            for name in self._shapes()
+        }
+
+    def _joint(self, x: Tensor) -> Tensor:
+        """Log p(x_i, z_i = c), ``N x C``."""
+        self._check(x)
+        values = self.values()
+        index = torch.zeros((), dtype=torch.long, device=x.device)
+        table = IndexedNormal(index, values["loc"], values["scale"], values.get("tril"))
+        return table.log_prob_table(x) + values["weights"].log()
+
+    def _table(self) -> tuple[Tensor, ...]:
+        tril = (self.tril,) if self.covariance in ("full", "tied") else ()
+        return (self.loc, self.scale, *tril)
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        c, d = self.num_components, self.num_features
+        shapes: dict[str, tuple[int, ...]] = {"weights": (c,), "loc": (c, d)}
+        shapes["scale"] = {"tied": (1, d), "spherical": (c, 1)}.get(self.covariance, (c, d))
+        if self.covariance in ("full", "tied"):
+            shapes["tril"] = (*shapes["scale"], d)
+        return shapes
+
+    def _starting_values(self) -> dict[str, Tensor]:
+        shapes = self._shapes()
+        values = {name: torch.zeros(shape) for name, shape in shapes.items()}
+        values["weights"] += 1 / self.num_components
+        values["scale"] += 1.0
+        values["loc"] += torch.randn(shapes["loc"])  # equal means would stay equal
+        return values
+
+    def _declare(self, values: dict[str, Tensor]) -> None:
+        """Make each value a parameter, or a latent if it has a prior."""
+        supports = {"weights": constraints.simplex, "scale": constraints.greater_than(self.floor)}
+        unknown = set(self.priors) - set(values)
+        if unknown:
+            raise ValueError(f"Expected priors among {sorted(values)}; got {sorted(unknown)}.")
+        for name, value in values.items():
+            if name not in self.priors:
+                setattr(self, name, PyroParam(value, supports.get(name, constraints.real)))
+                continue
+            prior = self.priors[name]
+            if prior.event_shape != value.shape or prior.batch_shape:
+                raise ValueError(
+                    f"Expected a prior of '{name}' with event shape {tuple(value.shape)} and no "
+                    f"batch shape; got {tuple(prior.event_shape)} and {tuple(prior.batch_shape)}. "
+                    f"Try .expand({tuple(value.shape)}).to_event({value.dim()})."
+                )
+            setattr(self, name, PyroSample(prior))
+
+    def _moments(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The maximum likelihood values given labels, with the floor's square on the variances."""
+        member = torch.nn.functional.one_hot(labels, self.num_components).to(x)  # N x C
+        counts = member.sum(0).clamp(min=1)
+        weights = (member.sum(0) + 1) / (len(x) + self.num_components)  # none is exactly 0
+        loc = member.T @ x / counts[:, None]
+        centred = (x - loc[labels]).unsqueeze(1) * member.unsqueeze(-1)  # N x C x D
+        moments = torch.einsum("ncd,nce->cde", centred, centred)
+        covariances = moments / counts[:, None, None]
+        if self.covariance == "tied":
+            covariances = (moments.sum(0) / len(x)).unsqueeze(0)
+        minimum = (2 * self.floor) ** 2  # strictly above what the constraint on scale allows
+        covariances = covariances + minimum * torch.eye(x.shape[1]).to(x)
+        values = {"weights": weights, "loc": loc}
+        if self.covariance in ("full", "tied"):
+            factor = torch.linalg.cholesky(covariances)
+            values["scale"] = factor.diagonal(dim1=-2, dim2=-1)
+            values["tril"] = (factor / values["scale"].unsqueeze(-1)).tril(-1)
+        else:
+            variances = covariances.diagonal(dim1=-2, dim2=-1)
+            if self.covariance == "spherical":
+                variances = variances.mean(-1, keepdim=True)
+            values["scale"] = variances.sqrt()
+        return values
+
+    def _check(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor) or x.dim() != 2 or len(x) == 0 or not x.is_floating_point():
+            check_data("x", x, ndim=2, floating=True)  # says what is wrong with it
+        if x.shape[1] != self.num_features:
+            raise ValueError(
+                f"Expected x with {self.num_features} features, N x {self.num_features}; got shape "
+                f"{tuple(x.shape)}."
+            )
+
+
+def _kmeans(x: Tensor, num_clusters: int) -> Tensor:
+    """Labels of k-means after a k-means++ start, ``N``."""
+    from sklearn.cluster import KMeans
+
+    if len(x) < num_clusters:
+        raise ValueError(f"Expected at least {num_clusters} data to start from; got {len(x)}.")
+    seed = int(torch.randint(2**31 - 1, ()))
+    with warnings.catch_warnings():  # fewer distinct points than clusters: some start empty
+        warnings.filterwarnings("ignore", message="Number of distinct clusters")
+        fitted = KMeans(num_clusters, init="k-means++", n_init=1, random_state=seed).fit(x.numpy())
+    return torch.as_tensor(fitted.labels_, dtype=torch.long)

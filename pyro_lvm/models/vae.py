@@ -1,0 +1,136 @@
+"""The variational autoencoder as a Pyro pair."""
+
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.nn import pyro_method
+from torch import Tensor, nn
+
+from pyro_lvm.checks import check_data
+from pyro_lvm.models.base import Model
+
+__all__ = ["VAE"]
+
+
+class VAE(Model):
+    """A deep latent variable model with an amortised guide (Kingma and Welling 2014).
+
+        model:  z_i ~ p(z),  x_i ~ p(x | z_i) = decoder(z_i)
+        guide:  z_i ~ q(z | x_i) = encoder(x_i)
+
+    with sites "z" and "x" in the plate "data". ``vae.model`` and ``vae.guide`` take the data ``x``,
+    ``N x event``, and are an ordinary pair for Pyro.
+
+    Args:
+        encoder: Module or function, x ``N x event`` -> a Distribution over z, batch shape ``N``.
+        decoder: Module or function, z ``... x latent`` -> a Distribution over x with batch shape
+            ``...``.
+        prior: A Distribution over z, or a module that returns one when it is called (a learned
+            prior). If None, a standard normal of the encoder's event shape.
+        plate: Name of the data plate.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        prior: dist.Distribution | nn.Module | None = None,
+        *,
+        plate: str = "data",
+    ) -> None:
+        super().__init__()
+        self.encoder, self.decoder, self.prior, self.plate = encoder, decoder, prior, plate
+        self._latent_shape: torch.Size | None = None
+        head = getattr(encoder, "head", None)
+        if head is not None and hasattr(head, "event_shape"):
+            self._latent_shape = torch.Size(head.event_shape)
+        # where the standard normal lives: it follows the module from device to device
+        self.register_buffer("_zero", torch.zeros(()), persistent=False)
+
+    @pyro_method
+    def model(self, x: Tensor) -> Tensor:
+        """The generative story, conditioned on x ``N x event``."""
+        self._check(x)
+        with pyro.plate(self.plate, len(x)):
+            z = pyro.sample("z", self._prior_given(x))
+            return pyro.sample("x", self.decoder(z), obs=x)
+
+    @pyro_method
+    def guide(self, x: Tensor) -> Tensor:
+        """The amortised posterior of z given x ``N x event``."""
+        self._check(x)
+        with pyro.plate(self.plate, len(x)):
+            return pyro.sample("z", self.encoder(x))
+
+    def encode(self, x: Tensor) -> Any:
+        """q(z | x), a Distribution with batch shape ``N``."""
+        return self.encoder(x)
+
+    def decode(self, z: Tensor) -> Any:
+        """p(x | z), a Distribution with the batch shape of z ``... x latent``."""
+        return self.decoder(z)
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """E[x' | z] at the mean z of q(z | x), ``N x event``."""
+        return self.decode(self.encode(x).mean).mean
+
+    @torch.no_grad()
+    def sample(self, num_samples: int, *, mean: bool = False) -> Tensor:
+        """Draws of x, ``num_samples x event``, from z ~ p(z), x ~ p(x | z).
+
+        Args:
+            num_samples: How many.
+            mean: Whether to return E[x | z] in place of a draw of x.
+        """
+        likelihood = self.decode(self.prior_distribution().sample((num_samples,)))
+        return likelihood.mean if mean else likelihood.sample()
+
+    @torch.no_grad()
+    def interpolate(self, start: Tensor, end: Tensor, num_steps: int = 8) -> Tensor:
+        """E[x | z] on the straight line between the mean z of two data, both included.
+
+        Args:
+            start: ``N x event``.
+            end: ``N x event``.
+            num_steps: ``S``, at least 2.
+
+        Returns:
+            ``S x N x event``.
+        """
+        if num_steps < 2:
+            raise ValueError(f"Expected num_steps >= 2, both ends included; got {num_steps}.")
+        a, b = self.encode(start).mean, self.encode(end).mean
+        t = torch.linspace(0, 1, num_steps, dtype=a.dtype, device=a.device)
+        t = t.reshape(-1, *[1] * a.dim())
+        return self.decode(a + t * (b - a)).mean
+
+    def prior_distribution(self) -> Any:
+        """p(z), a Distribution without batch shape.
+
+        Raises:
+            ValueError: If the prior is the default one and the encoder has not been run yet.
+        """
+        if isinstance(self.prior, nn.Module):
+            return self.prior()
+        if self.prior is not None:
+            return self.prior
+        if self._latent_shape is None:
+            raise ValueError(
+                "Expected the shape of z to be known; got an encoder without head.event_shape "
+                "that has not been run. Call vae.model or vae.guide on data first, or pass prior=."
+            )
+        event_dim = len(self._latent_shape)
+        return dist.Normal(self._zero, 1.0).expand(self._latent_shape).to_event(event_dim)
+
+    def _prior_given(self, x: Tensor) -> Any:
+        if self.prior is None and self._latent_shape is None:
+            with torch.no_grad():
+                self._latent_shape = self.encoder(x[:1]).event_shape
+        return self.prior_distribution()
+
+    def _check(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor) or x.dim() < 1 or len(x) == 0:
+            check_data("x", x)  # says what is wrong with it

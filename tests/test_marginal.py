@@ -1,0 +1,250 @@
+"""log p(x): exact values against scikit-learn, estimates against closed forms, with error bars."""
+
+import itertools
+import math
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from problems import NUM_DATA, PROBLEMS
+from pyro.infer.autoguide import AutoDelta
+from sklearn.mixture import GaussianMixture as SklearnMixture
+
+from pyro_lvm.datasets import linear_gaussian
+from pyro_lvm.marginal import exact, importance_sampling
+from pyro_lvm.marginal.importance import StreamingWeights
+from pyro_lvm.models import GaussianMixture
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def off_posterior(problem, shift=0.3, widen=1.3):
+    """The exact posterior, moved and widened: a guide that is good but not exact."""
+
+    def guide(x):
+        loc, scale_tril = problem.posterior(x)
+        with pyro.plate("data", len(x)):
+            pyro.sample(
+                "z",
+                dist.MultivariateNormal(
+                    loc + shift * scale_tril.sum(-1), scale_tril=widen * scale_tril
+                ),
+            )
+
+    return guide
+
+
+@pytest.mark.parametrize("num_latents", [1, 3])
+def test_importance_sampling_is_within_its_errors_of_the_closed_form(num_latents):
+    problem = linear_gaussian(6, num_latents)
+    x = problem.sample(50)
+    score = importance_sampling(problem.model, off_posterior(problem), x, num_samples=4000)
+    z_scores = (score.log_prob - problem.log_prob(x)) / score.std_error
+    assert z_scores.abs().max() < 5
+    assert z_scores.square().mean() < 2.5  # the errors are not too short on average
+    assert z_scores.square().mean() > 0.3  # nor too long
+    assert score.num_unreliable == 0
+    assert score.ess.min() > 100
+
+
+def test_exact_posterior_is_exact_with_one_sample():
+    problem = linear_gaussian(6, 3)
+    x = problem.sample(20)
+    score = importance_sampling(problem.model, problem.guide, x, num_samples=1)
+    assert torch.allclose(score.log_prob, problem.log_prob(x), rtol=0, atol=1e-10)
+    many = importance_sampling(problem.model, problem.guide, x, num_samples=200)
+    assert torch.allclose(many.log_prob, problem.log_prob(x), rtol=0, atol=1e-10)
+    assert (many.std_error < 1e-6).all()
+    assert (many.pareto_k == -math.inf).all()
+
+
+def test_error_falls_with_the_root_of_the_number_of_samples():
+    problem = linear_gaussian(6, 2)
+    x = problem.sample(200)
+    errors = []
+    for num_samples in (100, 400, 1600):
+        guide = off_posterior(problem)
+        score = importance_sampling(problem.model, guide, x, num_samples=num_samples)
+        deviation = score.log_prob - problem.log_prob(x)
+        errors.append(float(deviation.square().mean().sqrt()))
+        assert errors[-1] == pytest.approx(float(score.std_error.square().mean().sqrt()), rel=0.2)
+    for large, small in itertools.pairwise(errors):
+        # each is a root mean square over 200 data, known to about 5 %
+        assert large / small == pytest.approx(2.0, rel=0.25)
+
+
+@pytest.mark.parametrize("name", ["normal_normal", "modules", "score_function", "topics"])
+def test_any_pair(name):
+    problem = PROBLEMS[name]()
+    score = importance_sampling(problem.model, problem.guide, *problem.args, num_samples=3000)
+    error = score.std_error + 1e-12
+    assert ((score.log_prob - problem.log_prob).abs() < 5 * error).all()
+
+
+def test_chunks_do_not_change_the_estimate():
+    """The same weights in other chunks give the same statistics, one particle at a time too."""
+    log_weight = torch.randn(500, 4) * 1.5
+    summaries = []
+    for chunk in (500, 64, 1):
+        weights = StreamingWeights(500)
+        for part in log_weight.split(chunk):
+            weights.add(part)
+        summaries.append(weights)
+    first = summaries[0]
+    for other in summaries[1:]:
+        assert torch.allclose(first.log_sum, other.log_sum)
+        assert torch.allclose(first.log_sum_squares, other.log_sum_squares)
+        assert torch.equal(first.largest, other.largest)
+    assert torch.allclose(first.log_sum, log_weight.logsumexp(0))
+    problem = PROBLEMS["normal_normal"]()
+    score = importance_sampling(
+        problem.model, problem.guide, *problem.args, num_samples=300, chunk_size=1
+    )
+    assert ((score.log_prob - problem.log_prob).abs() < 5 * score.std_error).all()
+
+
+def test_standard_error_and_ess_are_the_textbooks():
+    log_weight = torch.randn(50, 3)
+    weights = StreamingWeights(50)
+    weights.add(log_weight)
+    problem = PROBLEMS["normal_normal"]()
+    score = importance_sampling(problem.model, problem.guide, *problem.args, num_samples=1)
+    summary = weights.summary("test", score.observations)
+    w = log_weight.exp()
+    assert torch.allclose(summary.log_prob, w.mean(0).log())
+    assert torch.allclose(summary.std_error, w.std(0) / w.mean(0) / math.sqrt(50))
+    assert torch.allclose(summary.ess, w.sum(0) ** 2 / w.square().sum(0))
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 3.0])
+def test_pareto_k_is_arvizs(scale):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        arviz = pytest.importorskip("arviz")
+    if not hasattr(arviz, "psislw"):
+        pytest.skip("ArviZ 1 has no psislw on arrays")
+    log_weight = torch.randn(2000, 5) * scale
+    weights = StreamingWeights(2000)
+    for part in log_weight.split(300):
+        weights.add(part)
+    _, expected = arviz.psislw(log_weight.T.numpy(), reff=1.0)
+    assert torch.allclose(weights._pareto_k(), torch.as_tensor(expected), atol=0.02)
+
+
+def test_generalised_pareto_tail_has_its_shape():
+    """Weights that are exactly Pareto with k = 0.5: P(w > t) = t^(-2)."""
+    log_weight = -0.5 * torch.rand(40_000, 3).log()
+    weights = StreamingWeights(40_000)
+    weights.add(log_weight)
+    assert ((weights._pareto_k() - 0.5).abs() < 0.2).all()
+
+
+@pytest.mark.parametrize("covariance", ["full", "tied", "diagonal", "spherical"])
+def test_exact_mixture_equals_scikit_learn(covariance):
+    x = torch.cat([torch.randn(60, 3) + 2, torch.randn(60, 3) * 0.5])
+    mixture = GaussianMixture(3, 3, covariance).initialize(x)
+    reference = SklearnMixture(3, covariance_type="full")
+    reference.weights_ = mixture.weights.detach().numpy()
+    reference.means_ = mixture.loc.detach().numpy()
+    reference.covariances_ = mixture.covariances().detach().numpy()
+    precisions = torch.linalg.inv(mixture.covariances()).detach()
+    reference.precisions_cholesky_ = torch.linalg.cholesky(precisions).numpy()
+    score = exact(mixture.model, mixture.guide, x)
+    expected = torch.as_tensor(reference.score_samples(x.numpy()))
+    assert (score.log_prob - expected).abs().max() < 1e-8
+    assert (score.std_error == 0).all()
+    shares = torch.as_tensor(reference.predict_proba(x.numpy()))
+    assert (mixture.responsibilities(x) - shares).abs().max() < 1e-8
+    assert (mixture.log_prob(x) - expected).abs().max() < 1e-8
+
+
+@pytest.mark.parametrize("name", ["mixture", "guide_chain"])
+def test_exact_equals_the_sum(name):
+    problem = PROBLEMS[name]()
+    score = exact(problem.model, problem.guide, *problem.args)
+    assert torch.allclose(score.log_prob, problem.log_prob, rtol=0, atol=1e-12)
+
+
+def bayesian_mean(x):
+    mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+
+def test_global_latents_are_averaged_over():
+    """log E_q(g) p(x_i | g) for a normal guide: x_i ~ N(loc, 1 + scale^2)."""
+    x = torch.randn(NUM_DATA)
+
+    def guide(x):
+        pyro.sample("mean", dist.Normal(0.5, 0.7))
+
+    score = importance_sampling(bayesian_mean, guide, x, num_samples=5000)
+    expected = dist.Normal(0.5, math.sqrt(1 + 0.49)).log_prob(x)
+    assert ((score.log_prob - expected).abs() < 5 * score.std_error).all()
+
+
+def test_point_estimates_of_global_latents_are_conditioned_on():
+    x = torch.randn(NUM_DATA)
+    guide = AutoDelta(bayesian_mean, init_loc_fn=lambda site: torch.tensor(0.4))
+    score = exact(bayesian_mean, guide, x)
+    assert torch.allclose(score.log_prob, dist.Normal(0.4, 1.0).log_prob(x))
+
+
+def test_printing_says_what_is_known():
+    problem = linear_gaussian(6, 2)
+    x = problem.sample(30)
+    good = importance_sampling(problem.model, off_posterior(problem), x, num_samples=2000)
+    assert f"{good.mean:.3f} +- {good.mean_std_error:.3f} nats per datum over 30 data" in str(good)
+    assert "warning" not in str(good)
+
+    def bad_guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(2), 0.05).to_event(1))
+
+    bad = importance_sampling(problem.model, bad_guide, x, num_samples=2000)
+    assert bad.num_unreliable > 15
+    assert "warning: Pareto k above 0.7" in str(bad)
+    assert "better guide" in str(bad)
+
+
+def test_error_of_the_mean_contains_the_data():
+    problem = linear_gaussian(6, 2)
+    x = problem.sample(400)
+    score = importance_sampling(problem.model, off_posterior(problem), x, num_samples=500)
+    spread = problem.log_prob(x).std() / math.sqrt(400)
+    assert score.mean_std_error == pytest.approx(float(spread), rel=0.05)
+    assert score.sampling_std_error < 0.3 * score.mean_std_error
+    expected = score.std_error.square().sum().sqrt() / 400
+    assert score.sampling_std_error == pytest.approx(float(expected))
+
+
+def delta_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Delta(torch.zeros(len(x))))
+
+
+@pytest.mark.parametrize(
+    ("function", "name", "guide", "settings", "match"),
+    [
+        (exact, "normal_normal", None, {}, r"got samples at \['z'\].*importance_sampling"),
+        (exact, "semi_supervised", None, {}, r"\['z'\]"),
+        (exact, "normal_normal", None, {"plate": "rows"}, "plate named 'rows'"),
+        (importance_sampling, "normal_normal", delta_guide, {}, "point mass at"),
+        (importance_sampling, "normal_normal", None, {"num_samples": 0}, "num_samples.*positive"),
+        (importance_sampling, "normal_normal", None, {"chunk_size": 0}, "chunk_size.*positive"),
+    ],
+)
+def test_what_is_refused(function, name, guide, settings, match):
+    problem = PROBLEMS[name]()
+    with pytest.raises(ValueError, match=match):
+        function(problem.model, guide or problem.guide, *problem.args, **settings)
+
+
+def test_exact_refuses_random_global_latents():
+    def guide(x):
+        pyro.sample("mean", dist.Normal(0.5, 0.7))
+
+    with pytest.raises(ValueError, match=r"got samples at \['mean'\]"):
+        exact(bayesian_mean, guide, torch.randn(NUM_DATA))
