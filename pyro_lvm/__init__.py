@@ -1,1 +1,40 @@
-"""Latent variable models on Pyro, for any (model, guide) pair."""
+"""Latent variable models on Pyro, for any (model, guide) pair.
+
+Write a generative story as a Pyro program, pair it with a guide, pick an objective, fit it, measure
+log p(x) with an error bar, and compare posteriors in ArviZ.
+"""
+
+from pyro_lvm import datasets, distributions, divergences, infer, marginal, models, nn, plots
+from pyro_lvm.divergences import MMD
+from pyro_lvm.infer import TraceInfo_ELBO
+from pyro_lvm.inference_data import compare, to_arviz
+from pyro_lvm.marginal import LogMarginal
+from pyro_lvm.models import VAE, GaussianMixture
+from pyro_lvm.pair import plate_size
+from pyro_lvm.terms import Terms, compute_terms
+from pyro_lvm.training import Fit, fit
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "MMD",
+    "VAE",
+    "Fit",
+    "GaussianMixture",
+    "LogMarginal",
+    "Terms",
+    "TraceInfo_ELBO",
+    "compare",
+    "compute_terms",
+    "datasets",
+    "distributions",
+    "divergences",
+    "fit",
+    "infer",
+    "marginal",
+    "models",
+    "nn",
+    "plate_size",
+    "plots",
+    "to_arviz",
+]

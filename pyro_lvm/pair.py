@@ -30,6 +30,7 @@ __all__ = [
     "no_guide",
     "parameters_of",
     "plate_size",
+    "untouched_random_state",
 ]
 
 Program = Callable[..., Any]
@@ -170,7 +171,7 @@ def parameters_of(
     with (
         poutine.trace(param_only=True) as capture,
         poutine.block(hide_types=["sample"]),
-        _untouched_random_state(args, kwargs),
+        untouched_random_state(args, kwargs),
         torch.enable_grad(),
     ):
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
@@ -240,8 +241,9 @@ class _PlateSize(Messenger):
 
 
 @contextmanager
-def _untouched_random_state(args: tuple, kwargs: dict) -> Iterator[None]:
-    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+def untouched_random_state(args: tuple = (), kwargs: dict | None = None) -> Iterator[None]:
+    """Put torch's generators back as they were: the CPU's, and those of the arguments' devices."""
+    tensors = [a for a in (*args, *(kwargs or {}).values()) if isinstance(a, Tensor)]
     devices = sorted({t.device.index for t in tensors if t.is_cuda})
     if not devices and torch.cuda.is_initialized():
         devices = [torch.cuda.current_device()]
@@ -253,7 +255,7 @@ def _plain_traces(model: Program, guide: Program, args: tuple, kwargs: dict) -> 
     with (
         torch.no_grad(),
         poutine.block(),
-        _untouched_random_state(args, kwargs),
+        untouched_random_state(args, kwargs),
         warnings.catch_warnings(),
     ):
         # Pyro warns where sites do not match; here that is an error, with its remedy

@@ -1,8 +1,11 @@
-"""Kernels: functions of a squared distance, positive definite, with ``k(x, x) = 1``.
+"""Kernels: functions of a squared distance, positive definite.
 
 ``kernel(squared_distance, dim) -> Tensor`` is all that a kernel is: any function like that will do.
 ``dim`` is the number of features D. Squared distances grow with it (2 D between two draws of a
 standard normal), so widths are counted in that unit and one default fits every D.
+
+A kernel of several widths is the sum of one kernel for each, as in the code that published weights
+of the discrepancy go with; ``k(x, x)`` is then the number of widths.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,9 +25,9 @@ Kernel: TypeAlias = Callable[[Tensor, int], Tensor]
 
 @dataclass(frozen=True)
 class IMQ:
-    """Inverse multiquadratics, averaged over several scales.
+    """Inverse multiquadratics, summed over several scales.
 
-        k(x, y) = mean_s C_s / (C_s + |x - y|^2),    C_s = 2 D s
+        k(x, y) = sum_s C_s / (C_s + |x - y|^2),    C_s = 2 D s
 
     At s = 1, C_s is the mean squared distance of two draws from a standard normal. The tails fall
     as a power of the distance, so that samples far from the prior still feel a pull.
@@ -54,18 +57,18 @@ class IMQ:
             dim: The number of features D.
 
         Returns:
-            Values in (0, 1], of the same shape.
+            Positive values, of the same shape.
         """
         constants = (2 * dim * s for s in self.scales)
         values = [c / (c + squared_distance) for c in constants]
-        return sum(values[1:], values[0]) / len(values)
+        return sum(values[1:], values[0])
 
 
 @dataclass(frozen=True)
 class RBF:
-    """Gaussian kernels, averaged over several bandwidths.
+    """Gaussian kernels, summed over several bandwidths.
 
-        k(x, y) = mean_h exp(-|x - y|^2 / (2 D h^2))
+        k(x, y) = sum_h exp(-|x - y|^2 / (2 D h^2))
 
     Two draws from a standard normal are 2 D apart (squared), where the default bandwidths give
     exp(-1/h^2) = 0.02, 0.37, 0.78 and 0.94: none of them is flat there, however large D is and the
@@ -96,10 +99,10 @@ class RBF:
             dim: The number of features D.
 
         Returns:
-            Values in [0, 1], of the same shape.
+            Values from 0 on, of the same shape.
         """
         values = [torch.exp(-squared_distance / (2 * dim * h**2)) for h in self.bandwidths]
-        return sum(values[1:], values[0]) / len(values)
+        return sum(values[1:], values[0])
 
 
 def _widths(name: str, values: Sequence[float]) -> tuple[float, ...]:

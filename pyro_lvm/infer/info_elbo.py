@@ -122,7 +122,7 @@ class TraceInfo_ELBO(ELBO):
     def loss_and_parts(
         self, model: Program, guide: Program, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The differentiable loss, and its parts by name.
+        """The loss and its parts by name; the loss is differentiable if gradients are enabled.
 
         The parts are per datum, in nats, averaged over particles, without gradient, and add up::
 
@@ -137,7 +137,8 @@ class TraceInfo_ELBO(ELBO):
         """
         host, structure = self._prepare(model, guide, args, kwargs)
         guide = no_guide if guide is None else guide
-        loss = self._explained(host.differentiable_loss, structure, model, guide, args, kwargs)
+        method = host.differentiable_loss if torch.is_grad_enabled() else host.loss
+        loss = torch.as_tensor(self._explained(method, structure, model, guide, args, kwargs))
         divergence = self._divergence(host, structure, model, args, kwargs)
         if divergence is not None:
             loss = loss + self._size(host) * self.divergence_weight * divergence

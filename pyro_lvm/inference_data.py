@@ -1,0 +1,444 @@
+"""From pairs to ArviZ: posteriors with their groups, and comparisons of log p(x).
+
+ArviZ 0.x holds groups in an ``InferenceData``, ArviZ 1 in xarray's ``DataTree``. Here they are plain
+datasets until `_assemble` hands them over.
+"""
+
+import inspect
+import math
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import infer_discrete
+from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor
+
+from pyro_lvm.checks import check_count
+from pyro_lvm.marginal import LogMarginal, exact, importance_sampling
+from pyro_lvm.marginal.log_marginal import Observations
+from pyro_lvm.pair import PairStructure, Program, inspect_pair, no_guide
+from pyro_lvm.terms import PARTICLES, Terms, sample_table, terms_from_traces
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["compare", "to_arviz"]
+
+Arrays = dict[str, tuple[tuple[str, ...], np.ndarray]]  # variable -> dimensions, values
+
+
+@torch.no_grad()
+def to_arviz(
+    model: Program,
+    guide: Program | None,
+    *args: Any,
+    num_samples: int = 200,
+    score: LogMarginal | None = None,
+    num_weights: int = 500,
+    predictive: bool = True,
+    plate: str = "data",
+    **kwargs: Any,
+) -> Any:
+    """The posterior that a guide stands for, with what ArviZ needs to check and compare it.
+
+    The groups, with one chain of ``num_samples`` draws and the data along the dimension ``plate``:
+
+    * ``posterior``: local and global latents, drawn from the guide; sites that the model enumerates
+      from their exact posterior given these.
+    * ``prior``, ``prior_predictive``: latents and observed sites of the unconditioned model.
+    * ``posterior_predictive``: the observed sites, drawn anew given the posterior's draws.
+    * ``observed_data``, ``constant_data``: what the model observes, and the other tensors among its
+      arguments that have one entry per datum.
+    * ``log_likelihood``: log p(x_i | g) **marginal over the local latents**, in nats, per datum.
+      Given the local latents it would be a density of x_i under a posterior that has seen x_i,
+      which leave-one-out cross-validation can't use. Without global latents it is log p(x_i) given
+      the fitted parameters, the same for all draws.
+    * ``sample_stats``: per draw and datum the log importance weight.
+
+    Args:
+        model: The model, called with ``args`` and ``kwargs``.
+        guide: The guide, likewise; None if it samples nothing.
+        *args: The pair's arguments.
+        num_samples: Draws, at least 2.
+        score: log p(x_i) of these data if it is known already; only without global latents.
+        num_weights: Importance samples per datum (and per draw of the global latents) where
+            log p(x_i) has to be estimated.
+        predictive: Whether to draw the two predictive groups, the largest ones.
+        plate: Name of the data plate.
+        **kwargs: The pair's keyword arguments.
+
+    Returns:
+        An ``arviz.InferenceData`` (ArviZ 0.x) or an ``xarray.DataTree`` (ArviZ 1).
+
+    Raises:
+        ValueError: If the pair does not fit, or the score is of other data.
+    """
+    check_count("num_samples", num_samples)
+    check_count("num_weights", num_weights)
+    if num_samples < 2:
+        raise ValueError(f"Expected num_samples >= 2; got {num_samples}.")
+    guide = no_guide if guide is None else guide
+    structure = inspect_pair(model, guide, args, kwargs, plate=plate)
+    run = _Draws(model, guide, args, kwargs, num_samples, structure)
+    terms = run.terms()
+    _check_score(score, terms, structure)
+    groups: dict[str, Arrays] = {
+        "posterior": run.latents(terms),
+        "log_likelihood": {"marginal": run.log_likelihood(terms, score, num_weights)},
+        "sample_stats": {"log_weight": (("chain", "draw", plate), _array(terms.log_weight)[None])},
+        "observed_data": _rows(terms.observed, plate),
+        "constant_data": _constants(model, args, kwargs, terms, plate),
+    }
+    groups["prior"], prior_predictive = run.prior()
+    if predictive:
+        groups["prior_predictive"] = prior_predictive
+        groups["posterior_predictive"] = run.predictive()
+    observations = Observations.of(terms)
+    groups["observed_data"]["checksum"] = ((plate,), _array(observations.checksum))
+    attributes = {
+        "base_measure": observations.base_measure,
+        "values_per_datum": observations.values_per_datum,
+    }
+    return _assemble(groups, {"observed_data": attributes})
+
+
+def compare(scores: Mapping[str, Any]) -> "pd.DataFrame":
+    """Rank models by held-out log p(x), with the paired error of each difference.
+
+        diff = mean_i [log p_m(x_i) - log p_best(x_i)],    dse = its standard error over the data
+
+    The ranking and the weights (pseudo-BMA) are ArviZ's ``compare``; what it sums over the data is
+    given here per datum, in nats. The paired error is the one to judge a difference by: it leaves
+    out how hard the data are for every model.
+
+    Args:
+        scores: Model name -> `LogMarginal` of the same data, or for all models what `to_arviz`
+            returns, whose log-likelihoods are then compared by leave-one-out cross-validation.
+
+    Returns:
+        One row per model, best first: ``rank``, ``mean``, ``se``, ``diff``, ``dse``, ``weight`` and
+        ``unreliable``, the number of data whose Pareto k is above 0.7.
+
+    Raises:
+        TypeError: If the scores are of different kinds.
+        ValueError: If there are fewer than two, if they are of different data, or if the models'
+            likelihoods have different base measures (a density can't be ranked with a probability).
+    """
+    if len(scores) < 2:
+        raise ValueError(f"Expected at least two models to compare; got {list(scores)}.")
+    held_out = [isinstance(s, LogMarginal) for s in scores.values()]
+    if any(held_out) and not all(held_out):
+        kinds = {name: type(s).__name__ for name, s in scores.items()}
+        raise TypeError(
+            f"Expected scores of one kind, all LogMarginal or all ArviZ's; got {kinds}."
+        )
+    observations = {name: _observations(s) for name, s in scores.items()}
+    _check_same_data(observations)
+    arviz = _arviz()
+    if all(held_out):
+        elpd = {name: _elpd(arviz, score) for name, score in scores.items()}
+        unreliable = {name: score.num_unreliable for name, score in scores.items()}
+    else:
+        elpd = {name: arviz.loo(score, pointwise=True) for name, score in scores.items()}
+        unreliable = {name: int((e.pareto_k > 0.7).sum()) for name, e in elpd.items()}
+    return _table(arviz, elpd, unreliable)
+
+
+class _Draws:
+    """One set of posterior draws of a pair, from which all groups are made."""
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        args: tuple,
+        kwargs: dict,
+        num_samples: int,
+        structure: PairStructure,
+    ) -> None:
+        self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
+        self.num_samples, self.structure = num_samples, structure
+        self.plate = str(structure.plate)
+        # run without enumeration: what the guide enumerates is drawn
+        self.guide_trace = poutine.trace(self._vectorized(guide)).get_trace(*args, **kwargs)
+        self.model_trace = self._replayed(model)
+
+    def terms(self) -> Terms:
+        """The terms of the draws: those of the guide's own run, the model's sums taken."""
+        first = -2 - self.structure.max_plate_nesting  # left of the particles
+        model = EnumMessenger(first_available_dim=first)(self._vectorized(self.model))
+        model_trace = poutine.trace(poutine.replay(model, trace=self.guide_trace)).get_trace(
+            *self.args, **self.kwargs
+        )
+        model_trace, guide_trace = map(prune_subsample_sites, (model_trace, self.guide_trace))
+        model_trace.compute_log_prob()
+        guide_trace.compute_log_prob()
+        return terms_from_traces(model_trace, guide_trace, plate=self.plate)
+
+    def latents(self, terms: Terms) -> Arrays:
+        """Latents of guide and model, with the draws along ``draw``."""
+        arrays = {name: self._local(name, value) for name, value in terms.samples.items()}
+        for name, value in terms.global_samples.items():
+            arrays[name] = (("chain", "draw", *_dims(name, value, 1)), _array(value)[None])
+        for name in self.structure.model_enumerated:
+            arrays[name] = self._local(name, self._values(self.model_trace, name))
+        return arrays
+
+    def predictive(self) -> Arrays:
+        """Observed sites drawn anew, given the latents."""
+        story = self._vectorized(poutine.uncondition(self.model))
+        trace = poutine.trace(poutine.replay(story, trace=self._latent_trace())).get_trace(
+            *self.args, **self.kwargs
+        )
+        return {n: self._local(n, self._values(trace, n)) for n in self._predicted()}
+
+    def prior(self) -> tuple[Arrays, Arrays]:
+        """Local latents and observed sites of the unconditioned model."""
+        trace = poutine.trace(self._vectorized(poutine.uncondition(self.model))).get_trace(
+            *self.args, **self.kwargs
+        )
+        latents: Arrays = {}
+        for name in (*self.structure.local_latents, *self.structure.model_enumerated):
+            latents[name] = self._local(name, self._values(trace, name))
+        for name in self.structure.global_latents:
+            value = self._values(trace, name)
+            latents[name] = (("chain", "draw", *_dims(name, value, 1)), _array(value)[None])
+        return latents, {n: self._local(n, self._values(trace, n)) for n in self._predicted()}
+
+    def log_likelihood(
+        self, terms: Terms, score: LogMarginal | None, num_weights: int
+    ) -> tuple[tuple[str, ...], np.ndarray]:
+        """Log p(x_i | g), marginal over local latents, one row per draw of the globals."""
+        structure = self.structure
+        sampled = set(structure.local_latents) | set(structure.auxiliary)
+        if structure.global_latents and not sampled:
+            rows = terms.log_weight  # everything local is summed out: exact for each draw
+        elif structure.global_latents:
+            rows = torch.stack(
+                [self._given_globals(k, num_weights) for k in range(self.num_samples)]
+            )
+        else:
+            score = score or self._score(sampled, num_weights)
+            rows = score.log_prob.expand(self.num_samples, -1)
+        return ("chain", "draw", self.plate), _array(rows)[None]
+
+    def _score(self, sampled: set[str], num_weights: int) -> LogMarginal:
+        pair, settings = (self.model, self.guide, *self.args), {"plate": self.plate, **self.kwargs}
+        if sampled <= set(self.structure.guide_enumerated):
+            return exact(*pair, **settings)
+        return importance_sampling(*pair, num_samples=num_weights, **settings)
+
+    def _given_globals(self, draw: int, num_weights: int) -> Tensor:
+        names = self.structure.global_latents
+        sites = [self.guide_trace.nodes[name] for name in names]
+        # K x 1 x ... x event -> the value that a run without particles would have had
+        values = {
+            name: sample_table(site, self.plate)[draw]
+            for name, site in zip(names, sites, strict=True)
+        }
+        model = poutine.condition(self.model, data=values)
+        guide = poutine.block(poutine.condition(self.guide, data=values), hide=list(names))
+        return importance_sampling(
+            model, guide, *self.args, num_samples=num_weights, plate=self.plate, **self.kwargs
+        ).log_prob
+
+    def _predicted(self) -> list[str]:
+        deterministic = {
+            n for n, s in self.model_trace.nodes.items() if s.get("infer", {}).get("_deterministic")
+        }
+        return [
+            n
+            for n in self.structure.observed
+            if n not in deterministic and self.model_trace.nodes[n]["value"].numel() > 0
+        ]
+
+    def _latent_trace(self) -> Any:
+        """A trace of all latents, the enumerated ones drawn, without the observed sites."""
+        trace = self.model_trace.copy()
+        for name in [
+            n for n, s in trace.nodes.items() if s["type"] == "sample" and s["is_observed"]
+        ]:
+            trace.remove_node(name)
+        return trace
+
+    def _replayed(self, model: Program) -> Any:
+        program = poutine.replay(self._vectorized(model), trace=self.guide_trace)
+        if self.structure.model_enumerated:
+            first = -2 - self.structure.max_plate_nesting
+            program = infer_discrete(program, first_available_dim=first)
+        return poutine.trace(program).get_trace(*self.args, **self.kwargs)
+
+    def _vectorized(self, program: Program) -> Program:
+        dim = -1 - self.structure.max_plate_nesting
+
+        def vectorized(*args: Any, **kwargs: Any) -> Any:
+            with pyro.plate(PARTICLES, self.num_samples, dim=dim):
+                return program(*args, **kwargs)
+
+        return vectorized
+
+    def _values(self, trace: Any, name: str) -> Tensor:
+        return sample_table(trace.nodes[name], self.plate)
+
+    def _local(self, name: str, value: Tensor) -> tuple[tuple[str, ...], np.ndarray]:
+        value = value.expand(self.num_samples, *value.shape[1:])
+        return ("chain", "draw", self.plate, *_dims(name, value, 2)), _array(value)[None]
+
+
+def _dims(name: str, value: Tensor, leading: int) -> tuple[str, ...]:
+    return tuple(f"{name}_dim_{i}" for i in range(value.dim() - leading))
+
+
+def _array(value: Tensor) -> np.ndarray:
+    return value.detach().cpu().numpy()
+
+
+def _rows(values: Mapping[str, Tensor], plate: str) -> Arrays:
+    return {n: ((plate, *_dims(n, v, 1)), _array(v)) for n, v in values.items()}
+
+
+def _constants(model: Program, args: tuple, kwargs: dict, terms: Terms, plate: str) -> Arrays:
+    """Arguments with one entry per datum that are not observed."""
+    try:
+        named = dict(inspect.signature(model).bind(*args, **kwargs).arguments)
+    except (TypeError, ValueError):  # a callable that does not say what it takes
+        named = {f"argument_{i}": a for i, a in enumerate(args)} | kwargs
+    constants = {
+        name: value
+        for name, value in named.items()
+        if isinstance(value, Tensor)
+        and value.dim() > 0
+        and len(value) == terms.num_data
+        and not any(_equal(value, observed) for observed in terms.observed.values())
+    }
+    return _rows(constants, plate)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.device == b.device and bool(torch.equal(a, b.to(a.dtype)))
+
+
+def _check_score(score: LogMarginal | None, terms: Terms, structure: PairStructure) -> None:
+    if score is None:
+        return
+    if structure.global_latents:
+        raise ValueError(
+            f"Expected no score for a pair with global latents {list(structure.global_latents)}, "
+            f"which needs one for each of their draws; got one."
+        )
+    if not score.observations.same_data(Observations.of(terms)):
+        raise ValueError("Expected the score of these data; got one of other data.")
+
+
+def _assemble(groups: Mapping[str, Arrays], attributes: Mapping[str, dict[str, Any]]) -> Any:
+    """The one place that knows ArviZ's containers."""
+    import xarray
+
+    datasets = {
+        name: xarray.Dataset(
+            dict(arrays),
+            coords={
+                dim: np.arange(size)
+                for dims, values in arrays.values()
+                for dim, size in zip(dims, values.shape, strict=True)
+            },
+            attrs={"inference_library": "pyro_lvm", **attributes.get(name, {})},
+        )
+        for name, arrays in groups.items()
+        if arrays
+    }
+    if _is_arviz_1():
+        return xarray.DataTree.from_dict(datasets)
+    return _arviz().InferenceData(**datasets)
+
+
+def _arviz() -> Any:
+    with warnings.catch_warnings():  # ArviZ 0.23 announces version 1 whenever it is imported
+        warnings.simplefilter("ignore", FutureWarning)
+        import arviz
+    return arviz
+
+
+def _is_arviz_1() -> bool:
+    return int(_arviz().__version__.split(".")[0]) >= 1
+
+
+def _observations(score: Any) -> Observations | None:
+    """What a score is about; None for a container that was not made here."""
+    if isinstance(score, LogMarginal):
+        return score.observations
+    observed = score["observed_data"]
+    if "checksum" not in observed:
+        return None
+    return Observations(
+        checksum=torch.as_tensor(np.array(observed["checksum"])),
+        values_per_datum=int(observed.attrs["values_per_datum"]),
+        base_measure=observed.attrs["base_measure"],
+    )
+
+
+def _check_same_data(observations: Mapping[str, Observations | None]) -> None:
+    known = {name: o for name, o in observations.items() if o is not None}
+    if not known:
+        return
+    (first, reference), *others = known.items()
+    for name, other in others:
+        if not reference.same_data(other):
+            raise ValueError(
+                f"Expected scores of the same data, in the same order; got other data for '{name}' "
+                f"than for '{first}'. Score both models on one test set."
+            )
+        if reference.base_measure != other.base_measure:
+            raise ValueError(
+                f"Expected likelihoods with the same base measure; got a {reference.base_measure} "
+                f"one for '{first}' and a {other.base_measure} one for '{name}': a density and a "
+                f"probability can't be ranked. Give both models the same kind of likelihood."
+            )
+
+
+def _elpd(arviz: Any, score: LogMarginal) -> Any:
+    """A held-out score as what ArviZ's ``compare`` takes: pointwise values and their sum."""
+    import xarray
+
+    values = score.log_prob.detach().cpu().double().numpy()
+    fields = {
+        "se": math.sqrt(len(values) * values.var()),
+        "n_samples": max(score.num_samples, 1),
+        "n_data_points": len(values),
+        "warning": score.num_unreliable > 0,
+        "scale": "log",
+        "good_k": 0.7,
+        "pareto_k": xarray.DataArray(_array(score.pareto_k.double())),
+    }
+    pointwise = xarray.DataArray(values)
+    if _is_arviz_1():
+        return arviz.ELPDDataLOO(elpd=values.sum(), p=0.0, elpd_i=pointwise, **fields)
+    named = {"elpd_loo": values.sum(), "p_loo": 0.0, "loo_i": pointwise, **fields}
+    return arviz.ELPDData(list(named.values()), index=list(named))
+
+
+def _table(arviz: Any, elpd: Mapping[str, Any], unreliable: Mapping[str, int]) -> "pd.DataFrame":
+    import pandas as pd
+
+    settings = {"round_to": "none"} if _is_arviz_1() else {}
+    ranked = arviz.compare(dict(elpd), method="pseudo-bma", **settings)
+    total = ranked["elpd" if "elpd" in ranked else "elpd_loo"].astype(float)
+    size = next(iter(elpd.values())).n_data_points
+    return pd.DataFrame(
+        {
+            "rank": ranked["rank"].astype(int),
+            "mean": total / size,
+            "se": ranked["se"].astype(float) / size,
+            "diff": (total - total.max()) / size,
+            "dse": ranked["dse"].astype(float) / size,
+            "weight": ranked["weight"].astype(float),
+            "unreliable": pd.Series(unreliable)[ranked.index],
+        },
+        index=ranked.index,
+    )

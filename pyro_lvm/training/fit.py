@@ -1,0 +1,327 @@
+"""Fit a pair to data in memory: one call, on Lightning."""
+
+import logging
+import math
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import pyro
+import torch
+from pyro.infer import ELBO
+from torch import Tensor, nn
+
+from pyro_lvm.checks import check_count
+from pyro_lvm.infer import TraceInfo_ELBO
+from pyro_lvm.pair import Program, inspect_pair, modules_of, no_guide, untouched_random_state
+from pyro_lvm.training.batches import Batches
+
+if TYPE_CHECKING:
+    from pyro_lvm.training.lightning import PairModule
+
+__all__ = ["Fit", "Stopped", "fit"]
+
+Stopped = Literal["all epochs", "no improvement", "interrupted", "loss not finite"]
+_EVALUATION_BATCH = 1024  # validation needs no gradients, so that larger batches fit
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a run leaves behind; the fitted parameters are in the pair itself.
+
+    Attributes:
+        history: Name -> one mean per epoch, in nats per datum: "loss", its parts as the objective
+            reports them, and each of them as "validation/..." on the validation data.
+        best_epoch: The epoch (from 0) whose parameters the pair now has: that of the least
+            validation loss, or the last one without validation data; None if none was finished.
+        stopped: Why the run ended.
+        seconds: How long it took.
+        num_parameters: How many numbers were trained.
+    """
+
+    history: dict[str, list[float]]
+    best_epoch: int | None
+    stopped: Stopped
+    seconds: float
+    num_parameters: int
+
+    @property
+    def num_epochs(self) -> int:
+        """Finished epochs."""
+        return len(self.history.get("loss", []))
+
+    def __str__(self) -> str:
+        head = (
+            f"{self.num_epochs} epochs in {self.seconds:.1f} s ({self.stopped}), "
+            f"{self.num_parameters} parameters"
+        )
+        if self.best_epoch is None:
+            return head
+        values = ", ".join(f"{k} {v[self.best_epoch]:.3f}" for k, v in self.history.items())
+        return f"{head}\n  epoch {self.best_epoch}: {values} (nats per datum)"
+
+    __repr__ = __str__
+
+
+def fit(
+    model: Program,
+    guide: Program | None,
+    data: Tensor | Sequence[Tensor],
+    *,
+    elbo: ELBO | None = None,
+    epochs: int = 100,
+    batch_size: int = 128,
+    optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer] | None = None,
+    validation: Tensor | Sequence[Tensor] | None = None,
+    patience: int | None = None,
+    plate: str | None = None,
+    device: str | torch.device = "auto",
+    seed: int | None = None,
+    progress: bool = True,
+    callbacks: Sequence[Any] = (),
+    trainer: Mapping[str, Any] | None = None,
+) -> Fit:
+    """Fit a pair by stochastic variational inference.
+
+    The pair is called on minibatches; inside the data plate it is scaled to all data, so that
+    global latents count once. The loss per datum is minimised. Before training starts all data are
+    run through the pair once, without gradients, so that what does not fit is refused there.
+
+    At the end the pair has the parameters of the epoch with the least validation loss (without
+    validation data, those of the last epoch), is on the device where it was, and its modules are in
+    evaluation mode. Ctrl-C ends the run early, in the same way.
+
+    Args:
+        model: The model, called with one batch of each tensor in ``data``.
+        guide: The guide, likewise; None if it samples nothing.
+        data: One tensor or several, first dimension the data.
+        elbo: The objective, any of Pyro's or ours with a differentiable loss; ``TraceInfo_ELBO()``,
+            which is the ELBO, if None.
+        epochs: The most epochs.
+        batch_size: The most data in a batch.
+        optimizer: From parameters to a torch optimiser, such as
+            ``lambda p: torch.optim.Adam(p, lr=1e-3)``, which it is if None.
+        validation: Held-out data like ``data``.
+        patience: Stop after so many epochs without a lower validation loss.
+        plate: Name of the data plate; the objective's own, or "data", if None.
+        device: "auto" (a CUDA device if there is one), "cpu", "cuda", "cuda:1", ...
+        seed: Seed of all random numbers of the run; the generators go on from where they are if
+            None.
+        progress: Whether a terminal shows a progress bar for runs longer than two seconds.
+        callbacks: Further callbacks of Lightning.
+        trainer: Further arguments of ``lightning.pytorch.Trainer``.
+
+    Returns:
+        The history of the run.
+
+    Raises:
+        TypeError: If data are not tensors.
+        ValueError: If data, pair and objective do not fit together; nothing is trained then.
+    """
+    elbo = TraceInfo_ELBO() if elbo is None else elbo
+    plate = plate or getattr(elbo, "plate", "data")
+    check_count("epochs", epochs)
+    _check_patience(patience, validation)
+    batches = Batches(data, batch_size, shuffle=True)
+    held_out = None
+    if validation is not None:
+        held_out = Batches(validation, max(batch_size, _EVALUATION_BATCH))
+        _check_alike(batches, held_out)
+    if seed is not None:
+        pyro.set_rng_seed(seed)
+    target = _device(device, batches)
+    with _evaluating(modules_of(model, guide)) as home:
+        batches.to(home or batches.device)
+        _check_pair(model, guide, elbo, plate, batches, held_out)
+
+    from pyro_lvm.training.lightning import BestParameters, EpochProgress, PairModule
+
+    module = PairModule(
+        model,
+        guide,
+        elbo,
+        optimizer or _adam,
+        example=batches.smallest,
+        num_data=batches.num_data,
+        plate=plate,
+    )
+    best = BestParameters()
+    callbacks = [best, *callbacks]
+    if progress:
+        callbacks.append(EpochProgress(epochs))
+    start = time.perf_counter()
+    with _moved(module, target):
+        stopped = _train(
+            module,
+            batches.to(target),
+            held_out and held_out.to(target),
+            epochs=epochs,
+            patience=patience,
+            target=target,
+            callbacks=callbacks,
+            settings=dict(trainer or {}),
+        )
+    best.restore(module)
+    return Fit(
+        history=module.history,
+        best_epoch=best.epoch,
+        stopped=stopped,
+        seconds=time.perf_counter() - start,
+        num_parameters=sum(p.numel() for p in module.trained),
+    )
+
+
+def _train(
+    module: "PairModule",
+    batches: Batches,
+    held_out: Batches | None,
+    *,
+    epochs: int,
+    patience: int | None,
+    target: torch.device,
+    callbacks: list[Any],
+    settings: dict[str, Any],
+) -> Stopped:
+    """Run Lightning's loop, and say why it ended."""
+    with _quiet_lightning():
+        import lightning.pytorch as pl
+        from lightning.pytorch.callbacks import EarlyStopping
+
+        if patience is not None:
+            callbacks.append(EarlyStopping("validation/loss", patience=patience))
+        trainer = pl.Trainer(
+            **{
+                "max_epochs": epochs,
+                "accelerator": "gpu" if target.type == "cuda" else target.type,
+                "devices": [target.index or 0] if target.type == "cuda" else 1,
+                "callbacks": callbacks,
+                "logger": False,
+                "enable_checkpointing": False,
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+                "num_sanity_val_steps": 0,
+                "inference_mode": False,  # latents of a validation run may be differentiated
+                **settings,
+            }
+        )
+        if _interrupted(lambda: trainer.fit(module, batches, held_out)):
+            return "interrupted"
+    if not all(math.isfinite(v) for v in module.history.get("loss", [])):
+        return "loss not finite"
+    return "all epochs" if trainer.current_epoch >= epochs else "no improvement"
+
+
+def _interrupted(train: Callable[[], None]) -> bool:
+    """Whether Ctrl-C ended a run. Lightning would leave the program, and ignore later signals."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT) if in_main_thread else None
+    try:
+        train()
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            return True
+        raise
+    except KeyboardInterrupt:
+        return True
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGINT, handler)
+    return False
+
+
+def _check_pair(
+    model: Program,
+    guide: Program | None,
+    elbo: ELBO,
+    plate: str,
+    batches: Batches,
+    held_out: Batches | None,
+) -> None:
+    """Run all data through the pair, and the objective over the smallest batch."""
+    for batch in batches.in_order():
+        inspect_pair(model, guide, batch, plate=plate, require_plate=batches.num_batches > 1)
+    if held_out is not None:
+        for batch in held_out.to(batches.device).in_order():
+            inspect_pair(model, guide, batch, plate=plate, require_plate=False)
+    with untouched_random_state(batches.smallest), torch.no_grad():
+        elbo.loss(model, guide or no_guide, *batches.smallest)
+
+
+def _check_alike(batches: Batches, held_out: Batches) -> None:
+    kinds = [[(t.shape[1:], t.dtype) for t in b.tensors] for b in (batches, held_out)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"Expected validation data of the same shapes and dtypes as the training data, "
+            f"{kinds[0]}; got {kinds[1]}."
+        )
+
+
+def _check_patience(patience: int | None, validation: object) -> None:
+    if patience is not None:
+        check_count("patience", patience)
+        if validation is None:
+            raise ValueError(
+                "Expected validation data, whose loss patience waits for; got none. Pass "
+                "validation=, or no patience."
+            )
+
+
+def _adam(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=1e-3)
+
+
+def _device(device: str | torch.device, batches: Batches) -> torch.device:
+    if device != "auto":
+        return torch.device(device)
+    if batches.device.type == "cuda":
+        return batches.device
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def _evaluating(modules: list[nn.Module]) -> Iterator[torch.device | None]:
+    """Modules in evaluation mode, so that a check changes no statistics; yields where they are."""
+    modes = [(m, m.training) for module in modules for m in module.modules()]
+    for module in modules:
+        module.eval()
+    try:
+        yield next((p.device for module in modules for p in module.parameters()), None)
+    finally:
+        for m, training in modes:
+            m.training = training
+
+
+@contextmanager
+def _moved(module: "PairModule", target: torch.device) -> Iterator[None]:
+    """The pair's parameters on a device, and afterwards back where each was, ready to evaluate."""
+    tensors = [*module.owners.parameters(), *module.owners.buffers(), *module.loose]
+    homes = [t.device for t in tensors]
+    module.owners.train()
+    try:
+        for t in tensors:
+            t.data = t.data.to(target)
+        yield
+    finally:
+        for t, home in zip(tensors, homes, strict=True):
+            t.data = t.data.to(home)
+        module.owners.eval()
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Without Lightning's remarks about devices, loggers, loaders and its reaching of max_epochs."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        warnings.filterwarnings("ignore", message=".*lightning.*")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
