@@ -453,7 +453,10 @@ def plot_history(
     ax.set(xlabel="epoch", ylabel="nats per datum", title="Training history")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     _open_frame(ax)
-    ax.legend(fontsize="small")
+    # below the axes, where no curve is
+    ax.legend(
+        fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, frameon=False
+    )
     return ax
 
 

@@ -13,9 +13,10 @@ from pyro.infer.autoguide import AutoDelta
 from sklearn.mixture import GaussianMixture as SklearnMixture
 
 from pyro_lvm.datasets import linear_gaussian
-from pyro_lvm.marginal import exact, importance_sampling
+from pyro_lvm.marginal import exact, importance_sampling, widened
 from pyro_lvm.marginal.importance import StreamingWeights
 from pyro_lvm.models import GaussianMixture
+from pyro_lvm.terms import compute_terms
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -32,6 +33,17 @@ def off_posterior(problem, shift=0.3, widen=1.3):
                     loc + shift * scale_tril.sum(-1), scale_tril=widen * scale_tril
                 ),
             )
+
+    return guide
+
+
+def off_posterior_normal(problem, narrow):
+    """A normal guide with the posterior's mean, too narrow by a factor."""
+
+    def guide(x):
+        loc, scale_tril = problem.posterior(x)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, narrow * scale_tril.diagonal()).to_event(1))
 
     return guide
 
@@ -206,7 +218,31 @@ def test_printing_says_what_is_known():
     bad = importance_sampling(problem.model, bad_guide, x, num_samples=2000)
     assert bad.num_unreliable > 15
     assert "warning: Pareto k above 0.7" in str(bad)
-    assert "better guide" in str(bad)
+    assert "marginal.widened" in str(bad)
+
+
+@pytest.mark.parametrize("settings", [{"num_samples": 4000}, {"num_samples": 500, "chunk_size": 1}])
+def test_widened_guide_reaches_the_tails(settings):
+    problem = linear_gaussian(6, 2)
+    x = problem.sample(20)
+    narrow = off_posterior_normal(problem, 0.4)
+    before = importance_sampling(problem.model, narrow, x, **settings)
+    after = importance_sampling(problem.model, widened(narrow, (1.0, 2.0, 4.0)), x, **settings)
+    assert ((after.log_prob - problem.log_prob(x)).abs() < 5 * after.std_error).all()
+    assert before.num_unreliable > 2 * after.num_unreliable + 5
+
+
+def test_widened_guide_has_the_density_of_the_mixture():
+    """For an event of rank one, against the formula."""
+    problem = linear_gaussian(6, 2)
+    x = problem.sample(3)
+    guide = widened(off_posterior_normal(problem, 0.5), (1.0, 3.0))
+    terms = compute_terms(problem.model, guide, x, num_particles=5)
+    loc, scale_tril = problem.posterior(x)
+    scale = 0.5 * scale_tril.diagonal()
+    parts = [dist.Normal(loc, s * scale).log_prob(terms.samples["z"]).sum(-1) for s in (1.0, 3.0)]
+    expected = torch.logsumexp(torch.stack(parts), 0) - math.log(2)
+    assert torch.allclose(terms.log_guide["z"], expected)
 
 
 def test_error_of_the_mean_contains_the_data():
@@ -232,6 +268,13 @@ def delta_guide(x):
         (exact, "semi_supervised", None, {}, r"\['z'\]"),
         (exact, "normal_normal", None, {"plate": "rows"}, "plate named 'rows'"),
         (importance_sampling, "normal_normal", delta_guide, {}, "point mass at"),
+        (
+            importance_sampling,
+            "score_function",
+            widened(PROBLEMS["score_function"]().guide),
+            {},
+            "normal local latents to widen; got Bernoulli at site 'y'",
+        ),
         (importance_sampling, "normal_normal", None, {"num_samples": 0}, "num_samples.*positive"),
         (importance_sampling, "normal_normal", None, {"chunk_size": 0}, "chunk_size.*positive"),
     ],

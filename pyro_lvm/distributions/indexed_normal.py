@@ -48,7 +48,8 @@ class IndexedNormal(TorchDistribution):
     ) -> None:
         self.index, self.loc, self.scale = index, loc, scale
         self.tril = None if tril is None else tril.tril(-1)
-        batch_shape = torch.broadcast_shapes(index.shape, loc.shape[:-2])
+        tables = [loc.shape[:-2], scale.shape[:-2], () if tril is None else tril.shape[:-3]]
+        batch_shape = torch.broadcast_shapes(index.shape, *tables)
         super().__init__(batch_shape, loc.shape[-1:], validate_args=validate_args)
 
     def expand(self, batch_shape: torch.Size, _instance: Any = None) -> "IndexedNormal":

@@ -122,7 +122,8 @@ class LogMarginal:
             found.append(
                 f"Pareto k above 0.7 at {self.num_unreliable} of {len(self.log_prob)} data: the "
                 f"guide misses mass of the posterior there, so that log p(x) is likely too low and "
-                f"its error bar too short. Take more samples, or fit a better guide."
+                f"its error bar too short. Take more samples, widen the guide (marginal.widened), "
+                f"or fit a better one."
             )
         few = int((self.ess < 10).sum())
         if few and self.num_samples > 1:

@@ -1,8 +1,7 @@
 """What our models share: a name of their own in Pyro's param store."""
 
-import copy
 import itertools
-from typing import Any, Self
+from typing import Any
 
 from pyro.nn import PyroModule
 
@@ -14,22 +13,19 @@ _count = itertools.count(1)
 class Model(PyroModule):
     """A ``PyroModule`` whose parameters no other model of the process shares by accident.
 
-    Pyro identifies parameters by name. Each model here gets a root name of its own, and so does a
-    deep copy, which starts from equal values and is trained apart.
+    Pyro identifies parameters by name. Each model here gets a root name of its own, and so does one
+    that was copied deeply or unpickled: it starts from equal values and is trained apart.
     """
 
     def __init__(self) -> None:
         super().__init__(_new_name(self))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        new = self.__class__.__new__(self.__class__)
-        memo[id(self)] = new
-        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
         old_name, new_name = self._pyro_name, _new_name(self)
-        for module in new.modules():
+        for module in self.modules():
             if isinstance(module, PyroModule):
                 module._pyro_name = new_name + module._pyro_name.removeprefix(old_name)
-        return new
 
 
 def _new_name(model: Model) -> str:

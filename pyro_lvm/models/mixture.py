@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
-from pyro.nn import PyroParam, PyroSample, pyro_method
+from pyro.nn import PyroParam, pyro_method
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -36,8 +36,8 @@ class GaussianMixture(Model):
     The parameters are ``weights`` ``C``, ``loc`` ``C x D``, ``scale`` (``C x D``; tied ``1 x D``;
     spherical ``C x 1``) and, for full and tied covariances, ``tril`` (``C x D x D``; tied
     ``1 x D x D``). They are fitted by maximum likelihood, and ``guide`` is empty. A parameter with
-    a prior is a global latent instead, and ``guide`` an autoguide over all of these; what needs a
-    value of it then takes the guide's median.
+    a prior is a global latent instead, a site of the parameter's name, and ``guide`` an autoguide
+    over all of these; what needs a value of it then takes the guide's median.
 
     Args:
         num_components: ``C``.
@@ -45,8 +45,8 @@ class GaussianMixture(Model):
         covariance: The shape of the covariances.
         priors: Parameter name -> Distribution with no batch shape and the event shape above.
         autoguide: From a model to the guide of the parameters with priors.
-        floor: The least ``scale``; if None, 1e-3 until ``initialize`` sets it to a thousandth of
-            the data's standard deviation.
+        floor: The least ``scale``, unless that has a prior; if None, 1e-3 until ``initialize`` sets
+            it to a thousandth of the data's standard deviation.
         plate: Name of the data plate.
 
     Raises:
@@ -73,18 +73,33 @@ class GaussianMixture(Model):
             check_positive("floor", floor)
         self.num_components, self.num_features = num_components, num_features
         self.covariance, self.plate = covariance, plate
-        self.floor, self._floor_is_given = floor or 1e-3, floor is not None
+        self._floor_is_given = floor is not None
+        # one object for all who hold it, the param store too: a new floor is a change of its bound
+        self._above_floor = constraints.greater_than(floor or 1e-3)
         self.priors = dict(priors or {})
         self._declare(self._starting_values())
         self._autoguide: Any = None
         if self.priors:
             self._autoguide = autoguide(poutine.block(self.model, hide=["z", "x"]))
 
+    @property
+    def floor(self) -> float:
+        """The least ``scale``."""
+        return self._above_floor.lower_bound
+
+    def get_extra_state(self) -> Tensor:
+        """The floor, which the values of ``scale`` in a ``state_dict`` are relative to."""
+        return torch.tensor(self.floor, dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take the floor over from a ``state_dict``."""
+        self._above_floor.lower_bound = float(state)
+
     @pyro_method
     def model(self, x: Tensor) -> Tensor:
         """The generative story, conditioned on x ``N x D``."""
         self._check(x)
-        weights, table = self.weights, self._table()
+        weights, *table = (self._parameter(name) for name in self._shapes())
         with pyro.plate(self.plate, len(x)):
             z = pyro.sample("z", dist.Categorical(weights), infer={"enumerate": "parallel"})
             return pyro.sample("x", IndexedNormal(z, *table), obs=x)
@@ -112,7 +127,8 @@ class GaussianMixture(Model):
         data = x.detach().to("cpu", torch.float64)
         if not self._floor_is_given:
             deviation = float(data.var(0, unbiased=False).mean().sqrt())
-            self.floor = 1e-3 * deviation if deviation > 0 else 1e-3
+            rounding = torch.finfo(x.dtype).eps * float(data.abs().max())
+            self._above_floor.lower_bound = 1e-3 * (deviation if deviation > rounding else 1.0)
         labels = _kmeans(data, self.num_components)
         values = self._moments(data, labels)
         like = next(iter(self.parameters()), x)
@@ -150,12 +166,26 @@ class GaussianMixture(Model):
 
     def values(self) -> dict[str, Tensor]:
         """The parameters by name; those with priors at the guide's median."""
-        medians = self._autoguide.median() if self._autoguide is not None else {}
-        prefix = f"{self._pyro_name}."
+        self._set_up_guide()
+        medians = self._autoguide.median() if self.priors else {}
         return {
-            name: medians[prefix + name] if name in self.priors else getattr(self, name)
+            name: medians[name] if name in self.priors else getattr(self, name)
             for name in self._shapes()
         }
+
+    def _set_up_guide(self) -> None:
+        """Run an autoguide once: before its first run it has no parameters."""
+        if getattr(self._autoguide, "prototype_trace", self) is None:
+            with torch.no_grad(), poutine.block():
+                self.guide(torch.zeros(1, self.num_features))
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._set_up_guide()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._set_up_guide()  # which needs the model, and Pyro's guides are copied without theirs
+        return super().__getstate__()
 
     def _joint(self, x: Tensor) -> Tensor:
         """Log p(x_i, z_i = c), ``N x C``."""
@@ -165,9 +195,9 @@ class GaussianMixture(Model):
         table = IndexedNormal(index, values["loc"], values["scale"], values.get("tril"))
         return table.log_prob_table(x) + values["weights"].log()
 
-    def _table(self) -> tuple[Tensor, ...]:
-        tril = (self.tril,) if self.covariance in ("full", "tied") else ()
-        return (self.loc, self.scale, *tril)
+    def _parameter(self, name: str) -> Tensor:
+        prior = self.priors.get(name)
+        return getattr(self, name) if prior is None else pyro.sample(name, prior)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         c, d = self.num_components, self.num_features
@@ -186,8 +216,8 @@ class GaussianMixture(Model):
         return values
 
     def _declare(self, values: dict[str, Tensor]) -> None:
-        """Make each value a parameter, or a latent if it has a prior."""
-        supports = {"weights": constraints.simplex, "scale": constraints.greater_than(self.floor)}
+        """Make each value a parameter unless it has a prior."""
+        supports = {"weights": constraints.simplex, "scale": self._above_floor}
         unknown = set(self.priors) - set(values)
         if unknown:
             raise ValueError(f"Expected priors among {sorted(values)}; got {sorted(unknown)}.")
@@ -202,7 +232,6 @@ class GaussianMixture(Model):
                     f"batch shape; got {tuple(prior.event_shape)} and {tuple(prior.batch_shape)}. "
                     f"Try .expand({tuple(value.shape)}).to_event({value.dim()})."
                 )
-            setattr(self, name, PyroSample(prior))
 
     def _moments(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The maximum likelihood values given labels, with the floor's square on the variances."""

@@ -30,6 +30,9 @@ class VAE(Model):
         prior: A Distribution over z, or a module that returns one when it is called (a learned
             prior). If None, a standard normal of the encoder's event shape.
         plate: Name of the data plate.
+
+    Raises:
+        ValueError: If the prior is a Distribution with a batch shape.
     """
 
     def __init__(
@@ -41,13 +44,20 @@ class VAE(Model):
         plate: str = "data",
     ) -> None:
         super().__init__()
+        batch_shape = getattr(prior, "batch_shape", ())
+        if batch_shape:
+            raise ValueError(
+                f"Expected a prior with no batch shape; got {tuple(batch_shape)}. "
+                f"Try .to_event({len(batch_shape)})."
+            )
         self.encoder, self.decoder, self.prior, self.plate = encoder, decoder, prior, plate
         self._latent_shape: torch.Size | None = None
         head = getattr(encoder, "head", None)
         if head is not None and hasattr(head, "event_shape"):
             self._latent_shape = torch.Size(head.event_shape)
-        # where the standard normal lives: it follows the module from device to device
-        self.register_buffer("_zero", torch.zeros(()), persistent=False)
+        # where the standard normal lives: with the parameters, from device to device
+        like = next(self.parameters(), torch.zeros(()))
+        self.register_buffer("_zero", like.new_zeros(()), persistent=False)
 
     @pyro_method
     def model(self, x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ class Batches:
         data: A tensor, or several, whose first dimension is the data.
         batch_size: The most data in a batch.
         shuffle: Whether each epoch has an order of its own, from torch's global generator.
+        name: What the data are called in errors.
 
     Raises:
         TypeError: If something other than tensors is given.
@@ -28,20 +29,30 @@ class Batches:
     """
 
     def __init__(
-        self, data: Tensor | Sequence[Tensor], batch_size: int, *, shuffle: bool = False
+        self,
+        data: Tensor | Sequence[Tensor],
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        name: str = "data",
     ) -> None:
         check_count("batch_size", batch_size)
         tensors = (data,) if isinstance(data, Tensor) else data
         if not isinstance(tensors, Sequence) or len(tensors) == 0:
             raise TypeError(
-                f"Expected data to be a tensor or a sequence of tensors, the arguments of model "
-                f"and guide; got {type(data).__name__}."
+                f"Expected {name} to be a tensor or a sequence of tensors, the arguments of model "
+                f"and guide; got {type(data).__name__}. Try torch.as_tensor({name})."
             )
-        names = ["data"] if isinstance(data, Tensor) else [f"data[{i}]" for i in range(len(data))]
+        single = isinstance(data, Tensor)
+        names = [name] if single else [f"{name}[{i}]" for i in range(len(tensors))]
         self.tensors = tuple(check_data(n, t) for n, t in zip(names, tensors, strict=True))
         lengths = [len(t) for t in self.tensors]
         if len(set(lengths)) > 1:
-            raise ValueError(f"Expected tensors with the same number of data; got {lengths}.")
+            raise ValueError(
+                f"Expected tensors in {name} with the same number of data; got {lengths}. Their "
+                f"first dimension is the data."
+            )
+        self.name = name
         self.num_data = lengths[0]
         self.shuffle = shuffle
         self.num_batches = math.ceil(self.num_data / batch_size)

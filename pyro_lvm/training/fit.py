@@ -1,7 +1,6 @@
 """Fit a pair to data in memory: one call, on Lightning."""
 
 import logging
-import math
 import signal
 import threading
 import time
@@ -13,12 +12,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.infer import ELBO
 from torch import Tensor, nn
 
 from pyro_lvm.checks import check_count
 from pyro_lvm.infer import TraceInfo_ELBO
-from pyro_lvm.pair import Program, inspect_pair, modules_of, no_guide, untouched_random_state
+from pyro_lvm.pair import (
+    Program,
+    data_plate,
+    inspect_pair,
+    modules_of,
+    no_guide,
+    untouched_random_state,
+)
 from pyro_lvm.training.batches import Batches
 
 if TYPE_CHECKING:
@@ -26,7 +33,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Fit", "Stopped", "fit"]
 
-Stopped = Literal["all epochs", "no improvement", "interrupted", "loss not finite"]
+Stopped = Literal[
+    "all epochs", "no improvement", "interrupted", "loss not finite", "a callback or setting"
+]
 _EVALUATION_BATCH = 1024  # validation needs no gradients, so that larger batches fit
 
 
@@ -124,32 +133,38 @@ def fit(
         ValueError: If data, pair and objective do not fit together; nothing is trained then.
     """
     elbo = TraceInfo_ELBO() if elbo is None else elbo
-    plate = plate or getattr(elbo, "plate", "data")
+    _check_objective(elbo)
+    plate = plate or str(getattr(elbo, "plate", "data"))
     check_count("epochs", epochs)
     _check_patience(patience, validation)
+    settings = dict(trainer or {})
+    _check_settings(settings)
     batches = Batches(data, batch_size, shuffle=True)
     held_out = None
     if validation is not None:
-        held_out = Batches(validation, max(batch_size, _EVALUATION_BATCH))
+        held_out = Batches(validation, max(batch_size, _EVALUATION_BATCH), name="validation")
         _check_alike(batches, held_out)
+    target = _device(device, batches)
     if seed is not None:
         pyro.set_rng_seed(seed)
-    target = _device(device, batches)
-    with _evaluating(modules_of(model, guide)) as home:
-        batches.to(home or batches.device)
-        _check_pair(model, guide, elbo, plate, batches, held_out)
+    with _quiet_lightning():
+        from pyro_lvm.training.lightning import BestParameters, EpochProgress, PairModule
 
-    from pyro_lvm.training.lightning import BestParameters, EpochProgress, PairModule
-
-    module = PairModule(
-        model,
-        guide,
-        elbo,
-        optimizer or _adam,
-        example=batches.smallest,
-        num_data=batches.num_data,
-        plate=plate,
-    )
+    with _evaluating(modules_of(model, guide, getattr(elbo, "divergence", None))) as home:
+        for data_set in filter(None, (batches, held_out)):
+            data_set.to(home or batches.device)
+            _check_pair(model, guide, data_set, plate, required=batches.num_batches > 1)
+        module = PairModule(
+            model,
+            guide,
+            elbo,
+            optimizer or _adam,
+            example=batches.smallest,
+            num_data=batches.num_data,
+            plate=plate,
+        )
+        example = batches.smallest
+        _check_loss(module, example, held_out)
     best = BestParameters()
     callbacks = [best, *callbacks]
     if progress:
@@ -164,9 +179,10 @@ def fit(
             patience=patience,
             target=target,
             callbacks=callbacks,
-            settings=dict(trainer or {}),
+            settings=settings,
         )
-    best.restore(module)
+    if not best.restore(module, example) and stopped != "interrupted":
+        stopped = "loss not finite"
     return Fit(
         history=module.history,
         best_epoch=best.epoch,
@@ -192,8 +208,9 @@ def _train(
         import lightning.pytorch as pl
         from lightning.pytorch.callbacks import EarlyStopping
 
+        early = EarlyStopping("validation/loss", patience=patience or 0)
         if patience is not None:
-            callbacks.append(EarlyStopping("validation/loss", patience=patience))
+            callbacks.append(early)
         trainer = pl.Trainer(
             **{
                 "max_epochs": epochs,
@@ -211,9 +228,11 @@ def _train(
         )
         if _interrupted(lambda: trainer.fit(module, batches, held_out)):
             return "interrupted"
-    if not all(math.isfinite(v) for v in module.history.get("loss", [])):
+    if module.diverged:
         return "loss not finite"
-    return "all epochs" if trainer.current_epoch >= epochs else "no improvement"
+    if trainer.current_epoch >= epochs:
+        return "all epochs"
+    return "no improvement" if early.stopped_epoch else "a callback or setting"
 
 
 def _interrupted(train: Callable[[], None]) -> bool:
@@ -234,22 +253,78 @@ def _interrupted(train: Callable[[], None]) -> bool:
     return False
 
 
+def _check_objective(elbo: object) -> None:
+    if not isinstance(elbo, ELBO) or not hasattr(elbo, "differentiable_loss"):
+        name = elbo.__name__ if isinstance(elbo, type) else type(elbo).__name__
+        raise TypeError(
+            f"Expected elbo to be an instance of a pyro.infer.ELBO with a differentiable loss; got "
+            f"{name}. Use TraceInfo_ELBO(), Trace_ELBO(), TraceEnum_ELBO() or the like."
+        )
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    ours = {"callbacks": "callbacks=", "max_epochs": "epochs=", "accelerator": "device="}
+    for name in ours.keys() & settings.keys():
+        raise ValueError(
+            f"Expected trainer settings other than '{name}', which fit sets; got one. Pass "
+            f"{ours[name]} instead."
+        )
+
+
 def _check_pair(
-    model: Program,
-    guide: Program | None,
-    elbo: ELBO,
-    plate: str,
-    batches: Batches,
-    held_out: Batches | None,
+    model: Program, guide: Program | None, batches: Batches, plate: str, *, required: bool
 ) -> None:
-    """Run all data through the pair, and the objective over the smallest batch."""
+    """Run all data through the pair."""
+    start = 0
     for batch in batches.in_order():
-        inspect_pair(model, guide, batch, plate=plate, require_plate=batches.num_batches > 1)
-    if held_out is not None:
-        for batch in held_out.to(batches.device).in_order():
-            inspect_pair(model, guide, batch, plate=plate, require_plate=False)
-    with untouched_random_state(batches.smallest), torch.no_grad():
-        elbo.loss(model, guide or no_guide, *batches.smallest)
+        end = start + len(batch[0])
+        try:
+            structure = inspect_pair(model, guide, batch, plate=plate, require_plate=required)
+        except ValueError as error:
+            error.add_note(f"This is what model and guide say of {batches.name}[{start}:{end}].")
+            raise
+        except Exception as error:
+            kinds = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in batch)
+            raise ValueError(
+                f"Expected {batches.name} that model and guide can be called with; got a batch "
+                f"{kinds}, on which they raised {type(error).__name__}: {error}. Convert the data, "
+                f"for example by .to(torch.get_default_dtype()) or .reshape, or mend the pair."
+            ) from error
+        if structure.plate is not None and structure.num_data != len(batch[0]):
+            _check_subsampled(model, guide, batch, plate)
+        start = end
+
+
+def _check_subsampled(
+    model: Program, guide: Program | None, batch: tuple[Tensor, ...], plate: str
+) -> None:
+    """Refuse a data plate that is neither the batch nor a part of a larger plate."""
+    with torch.no_grad(), poutine.block(), untouched_random_state(batch):
+        guide_trace = poutine.trace(guide or no_guide).get_trace(*batch)
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*batch)
+    frame = data_plate((guide_trace, model_trace), plate)
+    if frame.full_size in (None, frame.size):
+        raise ValueError(
+            f"Expected plate '{plate}' to hold the {len(batch[0])} data of a batch; got size "
+            f"{frame.size}. The data are along the first dimension of each tensor: write "
+            f"pyro.plate('{plate}', len(x)), or name the plate that holds them by plate=."
+        )
+
+
+def _check_loss(
+    module: "PairModule", example: tuple[Tensor, ...], held_out: Batches | None
+) -> None:
+    """Run the objective over the smallest batches."""
+    with untouched_random_state(example), torch.no_grad():
+        loss, _ = module.loss(example)
+        if held_out is not None:
+            module.loss(held_out.smallest)
+    if not torch.isfinite(loss):
+        raise ValueError(
+            f"Expected a finite loss before training; got {float(loss)} for the first "
+            f"{len(example[0])} data. Start from other parameters, or look for the site whose "
+            f"log-probability is infinite by pyro.poutine.trace(model).get_trace(...)."
+        )
 
 
 def _check_alike(batches: Batches, held_out: Batches) -> None:
@@ -277,7 +352,10 @@ def _adam(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
 
 def _device(device: str | torch.device, batches: Batches) -> torch.device:
     if device != "auto":
-        return torch.device(device)
+        target = torch.device(device)
+        if target.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"Expected a device of this machine; got '{device}', without CUDA.")
+        return target
     if batches.device.type == "cuda":
         return batches.device
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -309,12 +387,14 @@ def _moved(module: "PairModule", target: torch.device) -> Iterator[None]:
     finally:
         for t, home in zip(tensors, homes, strict=True):
             t.data = t.data.to(home)
+        for p in module.trained:
+            p.grad = None  # of no use any more, and on the other device
         module.owners.eval()
 
 
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
-    """Without Lightning's remarks about devices, loggers, loaders and its reaching of max_epochs."""
+    """Without Lightning's remarks about devices, loggers, loaders and the end of the epochs."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.ERROR)
