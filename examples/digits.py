@@ -46,6 +46,7 @@ class Fitted:
 def main() -> None:
     args = parse()
     start = time.perf_counter()
+    torch.set_num_threads(1)  # too little work to share: threads would mostly wait for each other
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = lvm.datasets.digits(seed=args.seed)
     train, valid, test = (x.to(device) for x in (data.train, data.validation, data.test))

@@ -5,6 +5,9 @@ import pytest
 import torch
 
 
+torch.set_num_threads(1)  # tensors here are small, and threads that share a busy core stall
+
+
 def pytest_generate_tests(metafunc):
     """The same test on the CPU and on a CUDA device if there is one."""
     if "device" in metafunc.fixturenames:
