@@ -52,7 +52,8 @@ def main() -> None:
     train, valid, test = (x.to(device) for x in (data.train, data.validation, data.test))
     few = train[:SMALL]
     args.out.mkdir(parents=True, exist_ok=True)
-    print(f"{len(train)} training, {len(valid)} validation, {len(test)} test images; {device}")
+    counts = f"{len(train)} training, {len(valid)} validation and {len(test)} test images"
+    print(f"{counts}; {device}")
 
     torch.manual_seed(args.seed)
     info = lvm.TraceInfo_ELBO(alpha=0.5, lambda_=50.0, divergence=MMD)
@@ -86,7 +87,7 @@ def main() -> None:
         figure.savefig(args.out / f"{name}.png", dpi=110, bbox_inches="tight")
     files = save_posteriors(models, test, args.out, num_samples=10 if args.short else 50)
     seconds = time.perf_counter() - start
-    write_page(args.out, models, comparison, effect, pictures, files, seconds)
+    write_page(args.out, counts, models, comparison, effect, pictures, files, seconds)
     print(f"\n{seconds:.0f} s; open {args.out / 'index.html'}")
 
 
@@ -252,6 +253,7 @@ def save_posteriors(
 
 def write_page(
     out: Path,
+    counts: str,
     models: dict[str, Fitted],
     comparison: Any,
     effect: Any,
@@ -261,8 +263,8 @@ def write_page(
 ) -> None:
     page = Page("Handwritten digits: five models, one test set")
     page.text(
-        "scikit-learn's 8 x 8 digits, dequantised to densities on [0, 1]: 1297 images to train on, "
-        f"250 to validate, 250 to test. Everything here took {seconds:.0f} seconds."
+        f"scikit-learn's 8 x 8 digits, dequantised to densities on [0, 1]: {counts}. "
+        f"Everything here took {seconds:.0f} seconds."
     )
     page.heading("Held-out log p(x)")
     page.text(
@@ -275,10 +277,10 @@ def write_page(
     page.table(comparison.round(2))
     page.heading(f"What the ELBO hides: {SMALL} training images")
     page.text(
-        "Under the ELBO the training images are coded so far apart that q(z), their average "
-        "posterior, leaves the prior: its covariance has a log-determinant far from 0, and samples "
-        "of the prior land where the decoder has seen nothing. InfoVAE weighs the divergence "
-        "between q(z) and the prior, and generates better."
+        "The ELBO rewards coding few training images far apart, so that q(z), their average "
+        "posterior, leaves the prior: the log-determinant of its covariance leaves 0, and samples "
+        "of the prior land where the decoder has seen nothing. InfoVAE (Zhao et al. 2017) weighs "
+        "the divergence between q(z) and the prior. Training reconstruction is E_q[log p(x | z)]."
     )
     page.table(effect.round(3))
     captions = {

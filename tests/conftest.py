@@ -4,7 +4,6 @@ import pyro
 import pytest
 import torch
 
-
 torch.set_num_threads(1)  # tensors here are small, and threads that share a busy core stall
 
 

@@ -303,6 +303,79 @@ def guide_chain() -> Problem:
     return Problem(model, guide, (x,), exact, enumerated=True)
 
 
+def independent_guide() -> Problem:
+    """y enumerated in the guide beside a z that does not depend on it."""
+    x = _data(NUM_DATA)
+    weights, centre = torch.tensor([0.25, 0.75]), torch.tensor([-2.0, 1.0])
+
+    def model(x):
+        loc = pyro.param("loc", centre)
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Categorical(weights))
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z + loc[y], 0.5), obs=x)
+
+    def guide(x):
+        slope = pyro.param("slope", torch.tensor(0.4))
+        with pyro.plate("data", len(x)):
+            logits = torch.stack([-slope * x, slope * x], -1)
+            pyro.sample("y", dist.Categorical(logits=logits), infer={"enumerate": "parallel"})
+            pyro.sample("z", dist.Normal(slope * x, 1.2))
+
+    parts = _log_normal(x[:, None], centre, torch.tensor(1.25)) + weights.log()
+    return Problem(model, guide, (x,), parts.logsumexp(-1), enumerated=True)
+
+
+def two_under_a_sum() -> Problem:
+    """Two sampled latents whose priors depend on one site that the model sums out."""
+    x = _data(NUM_DATA)
+    weights, centre = torch.tensor([0.25, 0.75]), torch.tensor([-1.0, 0.5])
+
+    def model(x):
+        loc = pyro.param("loc", centre)
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Categorical(weights), infer={"enumerate": "parallel"})
+            a = pyro.sample("a", dist.Normal(loc[y], 1.0))
+            b = pyro.sample("b", dist.Normal(2 * loc[y], 1.0))
+            pyro.sample("x", dist.Normal(a + b, 1.0), obs=x)
+
+    def guide(x):
+        slope = pyro.param("slope", torch.tensor(0.4))
+        with pyro.plate("data", len(x)):
+            pyro.sample("a", dist.Normal(slope * x, 1.2))
+            pyro.sample("b", dist.Normal(slope * x, 1.5))
+
+    parts = _log_normal(x[:, None], 3 * centre, torch.tensor(3.0)) + weights.log()
+    return Problem(model, guide, (x,), parts.logsumexp(-1), enumerated=True)
+
+
+def masked_mixture() -> Problem:
+    """A mixture whose two features are observed at some of the data only."""
+    x = _data(2, NUM_DATA)
+    seen = torch.tensor(
+        [[True, True, False, True, False, True], [True, False, True, True] + [False] * 2]
+    )
+    weights, centre = torch.tensor([0.25, 0.75]), torch.tensor([-1.0, 0.5])
+
+    def model(x):
+        loc = pyro.param("loc", centre)
+        with pyro.plate("data", NUM_DATA, dim=-1):
+            with poutine.mask(mask=seen[0]):  # a label's own mask takes no prior away
+                z = pyro.sample("z", dist.Categorical(weights), infer={"enumerate": "parallel"})
+            for i, scale in enumerate((1.0, 0.5)):
+                with poutine.mask(mask=seen[i]):
+                    pyro.sample(f"x{i}", dist.Normal(loc[z], scale), obs=x[i])
+
+    def guide(x):
+        pass
+
+    parts = weights.log() + sum(
+        seen[i, :, None] * dist.Normal(centre, scale).log_prob(x[i, :, None])
+        for i, scale in enumerate((1.0, 0.5))
+    )
+    return Problem(model, guide, (x,), parts.logsumexp(-1), enumerated=True)
+
+
 PROBLEMS = {
     f.__name__: f
     for f in (
@@ -317,5 +390,8 @@ PROBLEMS = {
         mixture_prior,
         semi_supervised,
         guide_chain,
+        independent_guide,
+        two_under_a_sum,
+        masked_mixture,
     )
 }

@@ -121,13 +121,13 @@ def test_old_faithful(num_components, covariance, expected):
     x = old_faithful(DATA)
     mixture = GaussianMixture(num_components, 2, covariance).initialize(x)
     train(mixture, x, steps=300, lr=0.05, decay=0.98)
-    assert float(mixture.log_prob(x).sum().detach()) == pytest.approx(expected, abs=1e-3)
+    assert float(mixture.log_prob(x).sum().detach()) == pytest.approx(expected, abs=2e-4)
 
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("covariance", COVARIANCES)
 def test_svi_reaches_the_optimum_of_em(covariance):
-    x, _ = blobs()
+    x, _ = blobs(distance=4.0)
     mixture = GaussianMixture(2, 3, covariance).initialize(x)
     precisions = torch.linalg.inv(mixture.covariances()).detach()
     start = {
@@ -146,10 +146,9 @@ def test_svi_reaches_the_optimum_of_em(covariance):
         reg_covar=0.0,
         max_iter=5000,
     ).fit(x.numpy())
-    train(mixture, x, steps=350, lr=0.05, decay=0.98)
-    assert float(mixture.log_prob(x).sum()) == pytest.approx(
-        len(x) * reference.score(x.numpy()), abs=0.01
-    )
+    train(mixture, x, steps=250, lr=0.05, decay=0.97)
+    found = float(mixture.log_prob(x).sum().detach())
+    assert found == pytest.approx(len(x) * reference.score(x.numpy()), abs=1e-3)
 
 
 @pytest.mark.usefixtures("float64")
@@ -246,7 +245,7 @@ def test_degenerate_data_are_fitted(data, covariance, dtype):
     assert mixture.scale.dtype == dtype
     assert (mixture.scale >= mixture.floor).all()
     assert (mixture.weights > 0).all()
-    assert float(mixture.weights.sum()) == pytest.approx(1.0, abs=1e-5)
+    assert float(mixture.weights.sum().detach()) == pytest.approx(1.0, abs=1e-5)
     assert mixture.log_prob(x).isfinite().all()
     assert mixture.covariances().isfinite().all()
 
@@ -256,18 +255,38 @@ def test_degenerate_data_are_fitted(data, covariance, dtype):
 def test_a_given_floor_holds(covariance):
     x = torch.randn(3, 2).repeat(10, 1)
     mixture = GaussianMixture(3, 2, covariance, floor=0.2).initialize(x)
-    assert mixture.floor == 0.2
-    train(mixture, x, steps=150, lr=0.1)
+    assert (mixture.floor == 0.2).all()
+    train(mixture, x, steps=80, lr=0.2)
     assert (mixture.scale >= 0.2).all()
-    assert float(mixture.scale.min()) == pytest.approx(0.2, abs=0.01)  # the data would go to 0
+    assert float(mixture.scale.min().detach()) == pytest.approx(
+        0.2, abs=0.01
+    )  # the data would go to 0
 
 
 def test_the_floor_is_in_the_unit_of_the_data():
     x, _ = blobs()
-    floors = [GaussianMixture(2, 3).initialize(unit * x).floor for unit in (1.0, 1e3)]
-    assert floors[0] == pytest.approx(1e-3 * float(x.var(0, unbiased=False).mean().sqrt()))
-    assert floors[1] == pytest.approx(1e3 * floors[0])
-    assert GaussianMixture(2, 3).floor == 1e-3
+    unit = torch.tensor([1.0, 1e3, 1e-6])  # each feature in its own
+    floor = GaussianMixture(2, 3).initialize(unit * x).floor
+    torch.testing.assert_close(floor[0], 1e-3 * (unit * x).std(0, unbiased=False))
+    spherical = GaussianMixture(2, 3, "spherical").initialize(1e3 * x).floor
+    torch.testing.assert_close(spherical.item(), x.var(0, unbiased=False).mean().sqrt().item())
+    assert (GaussianMixture(2, 3).floor == 1e-3).all()
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("covariance", ["full", "tied", "diagonal"])
+def test_units_of_the_features_do_not_matter(covariance):
+    """The same fit in units a million times apart: log p(x) differs by the log of the units."""
+    x, _ = blobs()
+    unit = torch.tensor([1.0, 1e6, 1e-6], dtype=x.dtype)
+    scores = []
+    for data in (x, unit * x):
+        torch.manual_seed(0)
+        labels = x[:, 0] > x[:, 0].median()  # k-means depends on units; the moments do not
+        mixture = GaussianMixture(2, 3, covariance).initialize(data)
+        mixture._declare(mixture._moments(data, labels.long()))
+        scores.append(mixture.log_prob(data).detach())
+    assert torch.allclose(scores[0], scores[1] + unit.log().sum(), atol=1e-4)
 
 
 def test_a_new_floor_binds_the_param_store_too():
@@ -278,7 +297,7 @@ def test_a_new_floor_binds_the_param_store_too():
     train(mixture, x, steps=2)
     parameters = list(mixture.parameters())
     mixture.load_state_dict(source.state_dict())
-    assert mixture.floor == source.floor
+    assert torch.equal(mixture.floor, source.floor)
     assert all(a is b for a, b in zip(parameters, mixture.parameters(), strict=True))
     with poutine.trace(param_only=True) as tracer:
         mixture.model(x)
@@ -295,7 +314,7 @@ def test_initialize_starts_a_trained_mixture_anew():
     mixture.initialize(x + 100.0)
     assert (mixture.loc > 90).all()
     fresh = seeded_loss(mixture, x + 100.0)
-    assert fresh == pytest.approx(-float(mixture.log_prob(x + 100.0).sum()), rel=1e-5)
+    assert fresh == pytest.approx(-float(mixture.log_prob(x + 100.0).sum().detach()), rel=1e-5)
     before = values_of(mixture)
     train(mixture, x + 100.0)
     assert not any(torch.equal(value, before[name]) for name, value in mixture.named_parameters())
@@ -541,7 +560,7 @@ def test_vae_loss_by_hand(name):
     assert z.shape == (len(x), *latent_shape)
     expected = q.log_prob(z) - prior_by_hand(name).log_prob(z) - vae.decoder(z).log_prob(x)
     assert expected.shape == (len(x),)
-    assert loss == pytest.approx(float(expected.sum()), rel=1e-12)
+    assert loss == pytest.approx(float(expected.detach().sum()), rel=1e-12)
 
 
 @pytest.mark.parametrize("name", VAES)
@@ -813,7 +832,7 @@ def test_state_dict_round_trip(name, when):
     assert same(values_of(other), values_of(model))
     if isinstance(model, GaussianMixture):
         assert torch.equal(other.log_prob(x), model.log_prob(x))
-        assert other.floor == model.floor
+        assert torch.equal(other.floor, model.floor)
     train(other, x)
     assert not same(values_of(other), values_of(model))
 

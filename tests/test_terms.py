@@ -24,6 +24,9 @@ WITH_CLOSED_FORM = [
     "mixture_prior",
     "semi_supervised",
     "guide_chain",
+    "independent_guide",
+    "two_under_a_sum",
+    "masked_mixture",
 ]
 
 
@@ -72,7 +75,7 @@ def test_weights_average_to_the_marginal(name):
     assert ((ratio.mean(0) - 1).abs() <= 5 * error + 1e-9).all()
 
 
-@pytest.mark.parametrize("name", ["mixture", "guide_chain"])
+@pytest.mark.parametrize("name", ["mixture", "guide_chain", "masked_mixture"])
 def test_sums_alone_give_the_exact_marginal(name):
     problem = PROBLEMS[name]()
     terms = compute_terms(problem.model, problem.guide, *problem.args)
@@ -88,6 +91,17 @@ def test_prior_of_a_latent_under_a_sum_is_its_marginal_prior():
     assert torch.allclose(terms.log_prior["z"], prior, rtol=0, atol=1e-12)
     likelihood = dist.Normal(z, 0.5).log_prob(problem.args[0])
     assert torch.allclose(terms.log_likelihood, likelihood, rtol=0, atol=1e-12)
+
+
+def test_priors_of_two_latents_under_one_sum_follow_the_chain_rule():
+    problem = PROBLEMS["two_under_a_sum"]()
+    terms = compute_terms(problem.model, problem.guide, *problem.args, num_particles=2)
+    a, b = terms.samples["a"][..., None], terms.samples["b"][..., None]
+    centre, log_weights = torch.tensor([-1.0, 0.5]), torch.tensor([0.25, 0.75]).log()
+    log_a = dist.Normal(centre, 1.0).log_prob(a) + log_weights
+    both = log_a + dist.Normal(2 * centre, 1.0).log_prob(b)
+    assert torch.allclose(terms.log_prior["a"], log_a.logsumexp(-1))
+    assert torch.allclose(terms.log_prior["b"], both.logsumexp(-1) - log_a.logsumexp(-1))
 
 
 def test_expectation_over_guide_sums():

@@ -46,7 +46,8 @@ class GaussianMixture(Model):
         priors: Parameter name -> Distribution with no batch shape and the event shape above.
         autoguide: From a model to the guide of the parameters with priors.
         floor: The least ``scale``, unless that has a prior; if None, 1e-3 until ``initialize`` sets
-            it to a thousandth of the data's standard deviation.
+            it to a thousandth of each feature's standard deviation (for spherical covariances, of
+            their root mean square). It is a buffer, ``1 x D`` or ``1 x 1``.
         plate: Name of the data plate.
 
     Raises:
@@ -74,26 +75,15 @@ class GaussianMixture(Model):
         self.num_components, self.num_features = num_components, num_features
         self.covariance, self.plate = covariance, plate
         self._floor_is_given = floor is not None
-        # one object for all who hold it, the param store too: a new floor is a change of its bound
-        self._above_floor = constraints.greater_than(floor or 1e-3)
+        width = 1 if covariance == "spherical" else num_features
+        self.register_buffer("floor", torch.full((1, width), floor or 1e-3))
+        # one object for all who hold it, the param store too: its bound is the buffer itself
+        self._above_floor = constraints.greater_than(self.floor)
         self.priors = dict(priors or {})
         self._declare(self._starting_values())
         self._autoguide: Any = None
         if self.priors:
             self._autoguide = autoguide(poutine.block(self.model, hide=["z", "x"]))
-
-    @property
-    def floor(self) -> float:
-        """The least ``scale``."""
-        return self._above_floor.lower_bound
-
-    def get_extra_state(self) -> Tensor:
-        """The floor, which the values of ``scale`` in a ``state_dict`` are relative to."""
-        return torch.tensor(self.floor, dtype=torch.float64)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Take the floor over from a ``state_dict``."""
-        self._above_floor.lower_bound = float(state)
 
     @pyro_method
     def model(self, x: Tensor) -> Tensor:
@@ -126,13 +116,17 @@ class GaussianMixture(Model):
         check_data("x", x, ndim=2, floating=True)
         data = x.detach().to("cpu", torch.float64)
         if not self._floor_is_given:
-            deviation = float(data.var(0, unbiased=False).mean().sqrt())
-            rounding = torch.finfo(x.dtype).eps * float(data.abs().max())
-            self._above_floor.lower_bound = 1e-3 * (deviation if deviation > rounding else 1.0)
+            self.floor.copy_(1e-3 * self._deviations(data, torch.finfo(x.dtype).eps))
         labels = _kmeans(data, self.num_components)
         values = self._moments(data, labels)
         like = next(iter(self.parameters()), x)
         self._declare({n: v.to(like.device, like.dtype) for n, v in values.items()})
+        return self
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "GaussianMixture":
+        """Move or cast as every module does; the bound on ``scale`` goes with its buffer."""
+        super()._apply(fn, recurse)
+        self._above_floor.lower_bound = self.floor
         return self
 
     def log_prob(self, x: Tensor) -> Tensor:
@@ -233,6 +227,14 @@ class GaussianMixture(Model):
                     f"Try .expand({tuple(value.shape)}).to_event({value.dim()})."
                 )
 
+    def _deviations(self, x: Tensor, precision: float) -> Tensor:
+        """Standard deviations by feature, those that are only rounding replaced; like ``floor``."""
+        variances = x.var(0, unbiased=False)
+        varies = variances.sqrt() > precision * x.abs().amax(0)
+        typical = variances[varies].mean() if varies.any() else torch.ones(()).to(x)
+        variances = torch.where(varies, variances, typical)
+        return (typical if self.covariance == "spherical" else variances).sqrt().reshape(1, -1)
+
     def _moments(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The maximum likelihood values given labels, with the floor's square on the variances."""
         member = torch.nn.functional.one_hot(labels, self.num_components).to(x)  # N x C
@@ -244,7 +246,7 @@ class GaussianMixture(Model):
         covariances = moments / counts[:, None, None]
         if self.covariance == "tied":
             covariances = (moments.sum(0) / len(x)).unsqueeze(0)
-        minimum = (2 * self.floor) ** 2  # strictly above what the constraint on scale allows
+        minimum = (2 * self.floor.to(x)).square()  # strictly above what the constraint allows
         covariances = covariances + minimum * torch.eye(x.shape[1]).to(x)
         values = {"weights": weights, "loc": loc}
         if self.covariance in ("full", "tied"):
