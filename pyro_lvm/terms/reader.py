@@ -1,198 +1,23 @@
-"""(model, guide) -> terms: the seam, and the one place that reads traces.
-
-Run the guide, replay the model on it, and sort the sites relative to the data plate; what comes
-out are log-probabilities per datum. With ``K`` particles, ``N`` data, local latents ``z``, global
-latents ``g`` and observations ``x``::
-
-    log p(x_i, z_i | g) = log_likelihood_i + sum_s log_prior[s]_i
-    log w_i             = log p(x_i, z_i | g) - sum_s log_guide[s]_i
-
-Sites that the *model* enumerates are summed out exactly, per datum, before anything else sees the
-terms: the prior of a latent that depends on one is its marginal prior, and the likelihood is that
-given the sampled latents. Over sites that the *guide* enumerates the terms are exact expectations,
-while ``log_weight`` sums them out too: for y enumerated and z drawn from q(z | y, x) it is
-log sum_y p(x, y, z_y) / q(z_y | y, x), whose exponential has the mean p(x).
-
-The plate's scale (data in all / data in the minibatch) stays beside the terms. A user's own
-``poutine.scale`` on a site is part of the term, and so is the scale of a plate inside the data's.
-"""
+"""Reads the traces of a pair: sorts the sites, and contracts their log-probabilities."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from pyro.distributions.util import scale_and_mask
-from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from pyro.ops import packed
-from pyro.poutine import unwrap
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_messenger import Trace
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pyro_lvm.contraction import Factor, expectation, named, names, sum_out, sum_to
-from pyro_lvm.pair import Program, inspect_pair, no_guide
+from pyro_lvm.terms.contraction import Factor, expectation, named, names, sum_out, sum_to
+from pyro_lvm.terms.record import Terms
+from pyro_lvm.terms.sites import PARTICLES, depends_on_enumeration, sample_table
 
-__all__ = [
-    "PARTICLES",
-    "Terms",
-    "compute_terms",
-    "depends_on_enumeration",
-    "sample_table",
-    "terms_from_traces",
-]
-
-PARTICLES = "num_particles_vectorized"  # Pyro's name for the plate over particles
+__all__ = ["TraceReader"]
 
 
-@dataclass(frozen=True)
-class Terms:
-    """The log-probabilities of a pair, per particle and datum, in nats.
-
-    Attributes:
-        log_likelihood: ``K x N``, log p(x_i | z_i, g), over all observed sites of a datum.
-        log_prior: Site -> ``K x N``, one entry per local latent of the guide.
-        log_guide: Site -> ``K x N``, one entry per local site of the guide, auxiliary ones too.
-        log_weight: ``K x N``, log p(x_i, z_i | g) / q(z_i | x_i, g), enumerated sites summed out.
-        kl: Site -> ``K x N``, log q - log p of each local site of the guide, or the closed form of
-            its expectation if that was asked for and is known.
-        global_log_prior: ``K``, all sites of the model outside the plate.
-        global_log_guide: ``K``, all sites of the guide outside the plate.
-        global_kl: ``K``, ``global_log_guide - global_log_prior``, or closed forms likewise.
-        samples: Site -> ``K x N x (nested plates) x event``; local latents without enumeration.
-        global_samples: Site -> ``K x (plates) x event``.
-        observed: Site -> ``N x (nested plates) x event``, the observations in the plate.
-        discrete: Site -> whether the observations have a density against the counting measure.
-        plate_scale: Data in all / data in this run, never multiplied into the terms.
-        has_globals: Whether there are sites outside the plate.
-    """
-
-    log_likelihood: Tensor
-    log_prior: dict[str, Tensor]
-    log_guide: dict[str, Tensor]
-    log_weight: Tensor
-    kl: dict[str, Tensor]
-    global_log_prior: Tensor
-    global_log_guide: Tensor
-    global_kl: Tensor
-    samples: dict[str, Tensor]
-    global_samples: dict[str, Tensor]
-    observed: dict[str, Tensor]
-    discrete: dict[str, bool]
-    plate_scale: float
-    has_globals: bool
-
-    @property
-    def num_particles(self) -> int:
-        """``K``."""
-        return self.log_likelihood.shape[0]
-
-    @property
-    def num_data(self) -> int:
-        """``N``, the data of this run."""
-        return self.log_likelihood.shape[1]
-
-    @property
-    def size(self) -> float:
-        """The number of all data: ``plate_scale * N``."""
-        return self.plate_scale * self.num_data
-
-
-def compute_terms(
-    model: Program,
-    guide: Program | None,
-    *args: Any,
-    num_particles: int = 1,
-    plate: str = "data",
-    max_plate_nesting: int | None = None,
-    **kwargs: Any,
-) -> Terms:
-    """Run a pair and return its terms.
-
-    With more than one particle the pair runs once, inside an outermost vectorised plate, so that
-    its tensors get one more dimension on the left of those of the plates.
-
-    Args:
-        model: The model, called with ``args`` and ``kwargs``.
-        guide: The guide, likewise; None for one that samples nothing.
-        *args: The pair's arguments.
-        num_particles: ``K``.
-        plate: Name of the data plate.
-        max_plate_nesting: Dimensions that the plates use; found by one more run if None.
-        **kwargs: The pair's keyword arguments.
-
-    Returns:
-        The terms.
-
-    Raises:
-        ValueError: If the pair is refused by `inspect_pair`, or if an enumerated site has no value
-            per datum.
-    """
-    guide = no_guide if guide is None else guide
-    if max_plate_nesting is None:
-        max_plate_nesting = inspect_pair(model, guide, args, kwargs, plate=plate).max_plate_nesting
-    # a guide that is a messenger makes its own traces, which Pyro's enumeration can't wrap
-    host_class = Trace_ELBO if isinstance(unwrap(guide), Messenger) else TraceEnum_ELBO
-    host = host_class(
-        num_particles=num_particles,
-        max_plate_nesting=max_plate_nesting,
-        vectorize_particles=num_particles > 1,
-        strict_enumeration_warning=False,
-    )
-    model_trace, guide_trace = next(iter(host._get_traces(model, guide, args, kwargs)))
-    return terms_from_traces(model_trace, guide_trace, plate=plate)
-
-
-def terms_from_traces(
-    model_trace: Trace, guide_trace: Trace, *, plate: str = "data", analytic: bool = False
-) -> Terms:
-    """Read the terms of traces that a Pyro objective has drawn.
-
-    Args:
-        model_trace: The trace of the model, replayed on the guide's, with log-probabilities.
-        guide_trace: The trace of the guide.
-        plate: Name of the data plate, which must be in the traces.
-        analytic: Whether ``kl`` has closed forms where Pyro knows them. They are expectations given
-            what comes before a site, right under the mean-field condition.
-
-    Returns:
-        The terms.
-
-    Raises:
-        ValueError: If an enumerated site has no value per datum.
-    """
-    return _Reader(model_trace, guide_trace, plate).terms(analytic)
-
-
-def sample_table(site: dict, plate: str) -> Tensor:
-    """A site's value as ``K x N x (nested plates, from the left) x event``.
-
-    Dimensions that no plate of the site uses have size 1 and are dropped; ``K`` is 1 without a
-    plate over particles, and ``N`` is left out for a site outside the data plate.
-    """
-    value, event_dim = site["value"], site["fn"].event_dim
-    frames = {f.name: f.dim for f in site["cond_indep_stack"] if f.vectorized}
-    nested = sorted(dim for name, dim in frames.items() if name not in (plate, PARTICLES))
-    dims = [d for d in (frames.get(PARTICLES), frames.get(plate), *nested) if d is not None]
-    rank = max(-min(dims, default=0), value.dim() - event_dim)
-    event = value.shape[value.dim() - event_dim :]
-    value = value.reshape((1,) * (rank + event_dim - value.dim()) + value.shape)
-    unused = [d for d in range(-rank, 0) if d not in dims]
-    order = [d - event_dim for d in (*dims, *unused)] + list(range(-event_dim, 0))
-    table = value.permute(order).reshape([value.shape[d - event_dim] for d in dims] + [*event])
-    return table if PARTICLES in frames else table.unsqueeze(0)
-
-
-def depends_on_enumeration(site: dict) -> bool:
-    """Whether a site's value has dimensions beside those of its plates."""
-    plates = max((-f.dim for f in site["cond_indep_stack"] if f.vectorized), default=0)
-    batch = site["value"].shape[: site["value"].dim() - site["fn"].event_dim]
-    return any(size > 1 for size in batch[: len(batch) - plates])
-
-
-class _Reader:
+class TraceReader:
     """Sorts the sites of a pair of traces and contracts their log-probabilities."""
 
     def __init__(self, model_trace: Trace, guide_trace: Trace, plate: str) -> None:

@@ -1,0 +1,33 @@
+"""Values of single sites, their dimensions in the order of the terms."""
+
+from torch import Tensor
+
+__all__ = ["PARTICLES", "depends_on_enumeration", "sample_table"]
+
+PARTICLES = "num_particles_vectorized"  # Pyro's name for the plate over particles
+
+
+def sample_table(site: dict, plate: str) -> Tensor:
+    """A site's value as ``K x N x (nested plates, from the left) x event``.
+
+    Dimensions that no plate of the site uses have size 1 and are dropped; ``K`` is 1 without a
+    plate over particles, and ``N`` is left out for a site outside the data plate.
+    """
+    value, event_dim = site["value"], site["fn"].event_dim
+    frames = {f.name: f.dim for f in site["cond_indep_stack"] if f.vectorized}
+    nested = sorted(dim for name, dim in frames.items() if name not in (plate, PARTICLES))
+    dims = [d for d in (frames.get(PARTICLES), frames.get(plate), *nested) if d is not None]
+    rank = max(-min(dims, default=0), value.dim() - event_dim)
+    event = value.shape[value.dim() - event_dim :]
+    value = value.reshape((1,) * (rank + event_dim - value.dim()) + value.shape)
+    unused = [d for d in range(-rank, 0) if d not in dims]
+    order = [d - event_dim for d in (*dims, *unused)] + list(range(-event_dim, 0))
+    table = value.permute(order).reshape([value.shape[d - event_dim] for d in dims] + [*event])
+    return table if PARTICLES in frames else table.unsqueeze(0)
+
+
+def depends_on_enumeration(site: dict) -> bool:
+    """Whether a site's value has dimensions beside those of its plates."""
+    plates = max((-f.dim for f in site["cond_indep_stack"] if f.vectorized), default=0)
+    batch = site["value"].shape[: site["value"].dim() - site["fn"].event_dim]
+    return any(size > 1 for size in batch[: len(batch) - plates])
