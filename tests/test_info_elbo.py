@@ -346,6 +346,54 @@ def test_without_a_data_plate_the_elbo_still_works():
         TraceInfo_ELBO(alpha=0.5, lambda_=0.5).loss(model, guide, x)
 
 
+def global_sum(x):
+    y = pyro.sample("y", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+    loc = pyro.param("loc", torch.tensor(0.5))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(loc * y, 1.0), obs=x)
+
+
+def sequential_model(x):
+    loc = pyro.param("loc", torch.tensor(0.5))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    y = pyro.sample("y", dist.Bernoulli(0.3))
+    with pyro.plate("more", len(x)):
+        pyro.sample("x", dist.Normal(loc * y + z, 1.0), obs=x)
+
+
+def sequential_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(pyro.param("slope", torch.tensor(0.3)) * x, 1.0))
+    pyro.sample("y", dist.Bernoulli(0.4), infer={"enumerate": "sequential"})
+
+
+@pytest.mark.parametrize(
+    ("model", "guide"), [(global_sum, lambda x: None), (sequential_model, sequential_guide)]
+)
+def test_what_has_no_parts_per_datum_has_pyros_loss(model, guide):
+    x = torch.randn(NUM_DATA)
+    results = []
+    for elbo in (TraceInfo_ELBO(), TraceEnum_ELBO()):
+        parameters = parameters_of(model, guide, (x,))
+        pyro.set_rng_seed(1)
+        loss = elbo.loss_and_grads(model, guide, x)
+        results.append((loss, [p.grad.clone() for p in parameters]))
+        for p in parameters:
+            p.grad = None
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-12)
+    assert_equal_gradients(results[0][1], results[1][1])
+    loss, parts = TraceInfo_ELBO().loss_and_parts(model, guide, x)
+    assert set(parts) == {"loss"}
+    assert torch.allclose(parts["loss"], loss / NUM_DATA)
+
+
+def test_divergence_refuses_sequential_enumeration():
+    elbo = TraceInfo_ELBO(lambda_=2.0, divergence=MMD(), sites=["z"])
+    with pytest.raises(ValueError, match=r"sequential enumeration in the guide at \['y'\]"):
+        elbo.loss(sequential_model, sequential_guide, torch.randn(NUM_DATA))
+
+
 def test_random_state_is_that_of_pyro_after_the_first_call():
     problem = PROBLEMS["normal_normal"]()
     draws = []

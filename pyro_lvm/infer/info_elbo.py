@@ -132,8 +132,9 @@ class TraceInfo_ELBO(ELBO):
         Returns:
             The loss, a scalar over all data, and the parts: ``loss``, ``reconstruction``,
             ``kl[<site>]`` for each local site of the guide, ``kl[global]`` if there are sites
-            outside the plate, ``divergence`` if it has a weight. Without a data plate only
-            ``loss``, over all data.
+            outside the plate, ``divergence`` if it has a weight. Where no datum has parts of its
+            own (sites enumerated sequentially, or outside the plate) only ``loss``; without a data
+            plate that is over all data.
         """
         host, structure = self._prepare(model, guide, args, kwargs)
         guide = no_guide if guide is None else guide
@@ -230,6 +231,11 @@ class TraceInfo_ELBO(ELBO):
         if self.divergence_weight == 0 or self.divergence is None:
             return None
         names, values = self._compared(structure), []
+        if len(host.runs) > self.num_particles:
+            raise ValueError(
+                f"Expected one run per particle for the divergence; got sequential enumeration in "
+                f"the guide at {list(structure.guide_enumerated)}. Enumerate it in parallel."
+            )
         story = host._vectorized_num_particles(model) if host.vectorize_particles else model
         for run in host.runs:
             given = {n: run.guide_trace.nodes[n]["value"] for n in structure.global_latents}
@@ -257,15 +263,18 @@ class TraceInfo_ELBO(ELBO):
     ) -> dict[str, Tensor]:
         if structure.plate is None:
             return {"loss": loss.detach()}
+        parts = {"loss": loss.detach() / self._size(host)}
         analytic = isinstance(host, TraceMeanField_ELBO)
-        terms = [
-            terms_from_traces(run.model_trace, run.guide_trace, plate=self.plate, analytic=analytic)
-            for run in host.runs
-        ]
-        parts = {
-            "loss": loss.detach() / terms[0].size,
-            "reconstruction": _mean(t.log_likelihood for t in terms),
-        }
+        try:
+            terms = [
+                terms_from_traces(
+                    run.model_trace, run.guide_trace, plate=self.plate, analytic=analytic
+                )
+                for run in host.runs
+            ]
+        except ValueError:  # a sum that all data share: the host has a loss, but no datum a part
+            return parts
+        parts["reconstruction"] = _mean(t.log_likelihood for t in terms)
         for name in terms[0].kl:
             parts[f"kl[{name}]"] = _mean(t.kl[name] for t in terms)
         if terms[0].has_globals:
