@@ -1,7 +1,7 @@
 """From pairs to ArviZ: posteriors with their groups, and comparisons of log p(x).
 
-ArviZ 0.x holds groups in an ``InferenceData``, ArviZ 1 in xarray's ``DataTree``. Here they are plain
-datasets until `_assemble` hands them over.
+ArviZ 0.x holds groups in an ``InferenceData``, ArviZ 1 in xarray's ``DataTree``. Here they are
+plain datasets until `_assemble` hands them over.
 """
 
 import inspect
@@ -16,7 +16,8 @@ import torch
 from pyro import poutine
 from pyro.infer import infer_discrete
 from pyro.poutine.enum_messenger import EnumMessenger
-from pyro.poutine.util import prune_subsample_sites
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
 from pyro_lvm.checks import check_count
@@ -58,7 +59,8 @@ def to_arviz(
     * ``log_likelihood``: log p(x_i | g) **marginal over the local latents**, in nats, per datum.
       Given the local latents it would be a density of x_i under a posterior that has seen x_i,
       which leave-one-out cross-validation can't use. Without global latents it is log p(x_i) given
-      the fitted parameters, the same for all draws.
+      the fitted parameters, the same for all draws: `compare` takes it as it is, while ArviZ's own
+      ``loo`` is for pairs with global latents.
     * ``sample_stats``: per draw and datum the log importance weight.
 
     Args:
@@ -119,7 +121,9 @@ def compare(scores: Mapping[str, Any]) -> "pd.DataFrame":
 
     Args:
         scores: Model name -> `LogMarginal` of the same data, or for all models what `to_arviz`
-            returns, whose log-likelihoods are then compared by leave-one-out cross-validation.
+            returns, whose log-likelihoods are then compared by leave-one-out cross-validation. The
+            log-likelihood of a pair without global latents is the same for all draws; it is taken
+            as it is.
 
     Returns:
         One row per model, best first: ``rank``, ``mean``, ``se``, ``diff``, ``dse``, ``weight`` and
@@ -141,12 +145,11 @@ def compare(scores: Mapping[str, Any]) -> "pd.DataFrame":
     observations = {name: _observations(s) for name, s in scores.items()}
     _check_same_data(observations)
     arviz = _arviz()
-    if all(held_out):
-        elpd = {name: _elpd(arviz, score) for name, score in scores.items()}
-        unreliable = {name: score.num_unreliable for name, score in scores.items()}
-    else:
-        elpd = {name: arviz.loo(score, pointwise=True) for name, score in scores.items()}
-        unreliable = {name: int((e.pareto_k > 0.7).sum()) for name, e in elpd.items()}
+    elpd = {
+        name: _elpd(arviz, s) if isinstance(s, LogMarginal) else _cross_validated(arviz, s)
+        for name, s in scores.items()
+    }
+    unreliable = {name: int((e.pareto_k > 0.7).sum()) for name, e in elpd.items()}
     return _table(arviz, elpd, unreliable)
 
 
@@ -162,17 +165,23 @@ class _Draws:
         num_samples: int,
         structure: PairStructure,
     ) -> None:
-        self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
+        self.args, self.kwargs = args, kwargs
         self.num_samples, self.structure = num_samples, structure
         self.plate = str(structure.plate)
+        self.prior_trace = self._trace(poutine.uncondition(model))
+        # all that follows is about the data that a subsampled plate has drawn here
+        indices = _subsamples(self.prior_trace)
+        self.model = poutine.replay(model, trace=indices) if indices.nodes else model
+        self.guide = poutine.replay(guide, trace=indices) if indices.nodes else guide
         # run without enumeration: what the guide enumerates is drawn
-        self.guide_trace = poutine.trace(self._vectorized(guide)).get_trace(*args, **kwargs)
-        self.model_trace = self._replayed(model)
+        self.guide_trace = self._trace(self.guide)
+        self.model_trace = self._trace(self.model, self._latent_trace())
 
     def terms(self) -> Terms:
         """The terms of the draws: those of the guide's own run, the model's sums taken."""
-        first = -2 - self.structure.max_plate_nesting  # left of the particles
-        model = EnumMessenger(first_available_dim=first)(self._vectorized(self.model))
+        model = EnumMessenger(first_available_dim=self._first_free_dim)(
+            self._vectorized(self.model)
+        )
         model_trace = poutine.trace(poutine.replay(model, trace=self.guide_trace)).get_trace(
             *self.args, **self.kwargs
         )
@@ -192,17 +201,17 @@ class _Draws:
 
     def predictive(self) -> Arrays:
         """Observed sites drawn anew, given the latents."""
-        story = self._vectorized(poutine.uncondition(self.model))
-        trace = poutine.trace(poutine.replay(story, trace=self._latent_trace())).get_trace(
-            *self.args, **self.kwargs
-        )
+        latents = self.model_trace.copy()
+        for name in [
+            n for n, s in latents.nodes.items() if s["type"] == "sample" and s["is_observed"]
+        ]:
+            latents.remove_node(name)
+        trace = self._trace(poutine.uncondition(self.model), latents)
         return {n: self._local(n, self._values(trace, n)) for n in self._predicted()}
 
     def prior(self) -> tuple[Arrays, Arrays]:
         """Local latents and observed sites of the unconditioned model."""
-        trace = poutine.trace(self._vectorized(poutine.uncondition(self.model))).get_trace(
-            *self.args, **self.kwargs
-        )
+        trace = self.prior_trace
         latents: Arrays = {}
         for name in (*self.structure.local_latents, *self.structure.model_enumerated):
             latents[name] = self._local(name, self._values(trace, name))
@@ -216,7 +225,7 @@ class _Draws:
     ) -> tuple[tuple[str, ...], np.ndarray]:
         """Log p(x_i | g), marginal over local latents, one row per draw of the globals."""
         structure = self.structure
-        sampled = set(structure.local_latents) | set(structure.auxiliary)
+        sampled = set(terms.log_guide)
         if structure.global_latents and not sampled:
             rows = terms.log_weight  # everything local is summed out: exact for each draw
         elif structure.global_latents:
@@ -237,11 +246,7 @@ class _Draws:
     def _given_globals(self, draw: int, num_weights: int) -> Tensor:
         names = self.structure.global_latents
         sites = [self.guide_trace.nodes[name] for name in names]
-        # K x 1 x ... x event -> the value that a run without particles would have had
-        values = {
-            name: sample_table(site, self.plate)[draw]
-            for name, site in zip(names, sites, strict=True)
-        }
+        values = {n: self._one_draw(s, draw) for n, s in zip(names, sites, strict=True)}
         model = poutine.condition(self.model, data=values)
         guide = poutine.block(poutine.condition(self.guide, data=values), hide=list(names))
         return importance_sampling(
@@ -258,21 +263,44 @@ class _Draws:
             if n not in deterministic and self.model_trace.nodes[n]["value"].numel() > 0
         ]
 
-    def _latent_trace(self) -> Any:
-        """A trace of all latents, the enumerated ones drawn, without the observed sites."""
-        trace = self.model_trace.copy()
-        for name in [
-            n for n, s in trace.nodes.items() if s["type"] == "sample" and s["is_observed"]
-        ]:
-            trace.remove_node(name)
-        return trace
+    def _one_draw(self, site: dict, draw: int) -> Tensor:
+        """The value that a global site would have had in a run without particles."""
+        value, event_dim = site["value"], site["fn"].event_dim
+        rank = value.dim() - event_dim
+        if rank <= self.structure.max_plate_nesting:  # all draws share it
+            return value
+        frames = [f for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLES]
+        plates = -min((f.dim for f in frames), default=0)
+        row = value[draw if len(value) > 1 else 0]
+        return row.reshape(row.shape[rank - 1 - plates :])
 
-    def _replayed(self, model: Program) -> Any:
-        program = poutine.replay(self._vectorized(model), trace=self.guide_trace)
-        if self.structure.model_enumerated:
-            first = -2 - self.structure.max_plate_nesting
-            program = infer_discrete(program, first_available_dim=first)
+    def _latent_trace(self) -> Any:
+        """The guide's trace, with what the model enumerates drawn from its exact posterior."""
+        names = self.structure.model_enumerated
+        if not names:
+            return self.guide_trace
+        latents = prune_subsample_sites(self.guide_trace)
+        values = {n: s["value"] for n, s in latents.nodes.items() if s["type"] == "sample"}
+        # conditioned, not replayed: of replayed sites infer_discrete would not see what they
+        # depend on
+        story = poutine.condition(self._vectorized(_unmasked(self.model, names)), data=values)
+        drawn = poutine.trace(
+            infer_discrete(story, first_available_dim=self._first_free_dim)
+        ).get_trace(*self.args, **self.kwargs)
+        for name in names:
+            latents.add_node(name, **drawn.nodes[name])
+        return latents
+
+    def _trace(self, program: Program, latents: Any = None) -> Any:
+        """A run of all draws at once, replayed on the latents of a trace."""
+        program = self._vectorized(program)
+        if latents is not None:
+            program = poutine.replay(program, trace=latents)
         return poutine.trace(program).get_trace(*self.args, **self.kwargs)
+
+    @property
+    def _first_free_dim(self) -> int:
+        return -2 - self.structure.max_plate_nesting  # left of the particles
 
     def _vectorized(self, program: Program) -> Program:
         dim = -1 - self.structure.max_plate_nesting
@@ -289,6 +317,31 @@ class _Draws:
     def _local(self, name: str, value: Tensor) -> tuple[tuple[str, ...], np.ndarray]:
         value = value.expand(self.num_samples, *value.shape[1:])
         return ("chain", "draw", self.plate, *_dims(name, value, 2)), _array(value)[None]
+
+
+class _Unmasked(Messenger):
+    """Takes the masks of some sites away."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.names = names
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.names:
+            msg["mask"] = None
+
+
+def _unmasked(model: Program, names: tuple[str, ...]) -> Program:
+    # the mask of an enumerated site does not take its prior away, see `compute_terms`
+    return _Unmasked(names)(model)
+
+
+def _subsamples(trace: Any) -> Any:
+    """A trace of nothing but the indices that plates have drawn."""
+    indices = trace.copy()
+    for name in [n for n, s in trace.nodes.items() if not site_is_subsample(s)]:
+        indices.remove_node(name)
+    return indices
 
 
 def _dims(name: str, value: Tensor, leading: int) -> tuple[str, ...]:
@@ -403,18 +456,34 @@ def _check_same_data(observations: Mapping[str, Observations | None]) -> None:
 
 
 def _elpd(arviz: Any, score: LogMarginal) -> Any:
-    """A held-out score as what ArviZ's ``compare`` takes: pointwise values and their sum."""
+    """A held-out score as what ArviZ's ``compare`` takes."""
+    return _pointwise(arviz, _array(score.log_prob), _array(score.pareto_k), score.num_samples)
+
+
+def _cross_validated(arviz: Any, idata: Any) -> Any:
+    """Leave-one-out cross-validation; where no draw differs there is nothing to reweigh."""
+    variables = dict(idata["log_likelihood"].data_vars)
+    if len(variables) == 1:
+        (rows,) = variables.values()
+        values = rows.values.reshape(-1, rows.shape[-1])  # draws x N
+        if rows.ndim == 3 and (values == values[0]).all():
+            return _pointwise(arviz, values[0], np.full(values.shape[1], -np.inf), len(values))
+    return arviz.loo(idata, pointwise=True)
+
+
+def _pointwise(arviz: Any, values: np.ndarray, pareto_k: np.ndarray, num_samples: int) -> Any:
+    """Values of log p(x_i) and their sum, as ArviZ's ``loo`` returns them."""
     import xarray
 
-    values = score.log_prob.detach().cpu().double().numpy()
+    values = values.astype(np.float64)
     fields = {
         "se": math.sqrt(len(values) * values.var()),
-        "n_samples": max(score.num_samples, 1),
+        "n_samples": max(num_samples, 1),
         "n_data_points": len(values),
-        "warning": score.num_unreliable > 0,
+        "warning": bool((pareto_k > 0.7).any()),
         "scale": "log",
         "good_k": 0.7,
-        "pareto_k": xarray.DataArray(_array(score.pareto_k.double())),
+        "pareto_k": xarray.DataArray(pareto_k),
     }
     pointwise = xarray.DataArray(values)
     if _is_arviz_1():

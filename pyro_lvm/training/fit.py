@@ -150,10 +150,12 @@ def fit(
     with _quiet_lightning():
         from pyro_lvm.training.lightning import BestParameters, EpochProgress, PairModule
 
-    with _evaluating(modules_of(model, guide, getattr(elbo, "divergence", None))) as home:
+    modules = modules_of(model, guide, getattr(elbo, "divergence", None))
+    with _evaluating(modules) as home:
         for data_set in filter(None, (batches, held_out)):
             data_set.to(home or batches.device)
             _check_pair(model, guide, data_set, plate, required=batches.num_batches > 1)
+    with _evaluating(modules):
         module = PairModule(
             model,
             guide,
@@ -363,7 +365,11 @@ def _device(device: str | torch.device, batches: Batches) -> torch.device:
 
 @contextmanager
 def _evaluating(modules: list[nn.Module]) -> Iterator[torch.device | None]:
-    """Modules in evaluation mode, so that a check changes no statistics; yields where they are."""
+    """Modules in evaluation mode, so that a check changes no statistics; yields where they are.
+
+    Parameters that are frozen stay so, though Pyro would have them trained once it knows them.
+    """
+    frozen = [p for m in modules for p in m.parameters() if not p.requires_grad]
     modes = [(m, m.training) for module in modules for m in module.modules()]
     for module in modules:
         module.eval()
@@ -372,6 +378,8 @@ def _evaluating(modules: list[nn.Module]) -> Iterator[torch.device | None]:
     finally:
         for m, training in modes:
             m.training = training
+        for p in frozen:
+            p.requires_grad_(False)
 
 
 @contextmanager

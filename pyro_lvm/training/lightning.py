@@ -3,7 +3,6 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import lightning.pytorch as pl
@@ -155,7 +154,8 @@ class PairModule(pl.LightningModule):
     def _step(self, batch: tuple[Tensor, ...], prefix: str) -> Tensor | None:
         size = len(batch[0])
         try:
-            with self._checks():
+            # fit has shown every datum to Pyro's checks; here they would raise where a run diverges
+            with pyro.validation_enabled(False):
                 loss, parts = self.loss(batch)
         except (ValueError, RuntimeError):
             if self.has_finite_parameters():
@@ -170,10 +170,6 @@ class PairModule(pl.LightningModule):
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + size * value
             self._weights[name] += size
-
-    def _checks(self) -> AbstractContextManager:
-        # the first epoch shows every datum to Pyro's checks; after it they only cost time
-        return nullcontext() if self.current_epoch == 0 else pyro.validation_enabled(False)
 
 
 class BestParameters(pl.Callback):
@@ -207,7 +203,9 @@ class BestParameters(pl.Callback):
             loss = means.get("validation/loss", math.inf)
             better = loss < self.loss
             self.loss = min(loss, self.loss)
-        if better and module.has_finite_parameters():
+        if not module.has_finite_parameters():  # the last step has led astray
+            module.diverged = trainer.should_stop = True
+        elif better:
             self._keep(trainer.current_epoch, module)
 
     @torch.no_grad()
