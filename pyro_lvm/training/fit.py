@@ -103,7 +103,8 @@ def fit(
 
     At the end the pair has the parameters of the epoch with the least validation loss (without
     validation data, those of the last epoch), is on the device where it was, and its modules are in
-    evaluation mode. Ctrl-C ends the run early, in the same way.
+    evaluation mode. Ctrl-C ends the run early, in the same way. So does a loss that is not finite:
+    the pair never gets parameters whose loss on its first data is not.
 
     Args:
         model: The model, called with one batch of each tensor in ``data``.
@@ -129,7 +130,8 @@ def fit(
         The history of the run.
 
     Raises:
-        TypeError: If data are not tensors.
+        TypeError: If data are not tensors, the objective has no differentiable loss, or the
+            optimizer is none of torch's.
         ValueError: If data, pair and objective do not fit together; nothing is trained then.
     """
     elbo = TraceInfo_ELBO() if elbo is None else elbo
