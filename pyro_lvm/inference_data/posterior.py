@@ -1,14 +1,8 @@
-"""From pairs to ArviZ: posteriors with their groups, and comparisons of log p(x).
-
-ArviZ 0.x holds groups in an ``InferenceData``, ArviZ 1 in xarray's ``DataTree``. Here they are
-plain datasets until `_assemble` hands them over.
-"""
+"""The posterior that a guide stands for, as ArviZ's groups."""
 
 import inspect
-import math
-import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyro
@@ -21,17 +15,13 @@ from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
 from pyro_lvm.checks import check_count
+from pyro_lvm.inference_data.containers import Arrays, assemble, to_numpy
 from pyro_lvm.marginal import LogMarginal, exact, importance_sampling
 from pyro_lvm.marginal.log_marginal import Observations
 from pyro_lvm.pair import PairStructure, Program, inspect_pair, no_guide
 from pyro_lvm.terms import PARTICLES, Terms, sample_table, terms_from_traces
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-__all__ = ["compare", "to_arviz"]
-
-Arrays = dict[str, tuple[tuple[str, ...], np.ndarray]]  # variable -> dimensions, values
+__all__ = ["to_arviz"]
 
 
 @torch.no_grad()
@@ -93,7 +83,9 @@ def to_arviz(
     groups: dict[str, Arrays] = {
         "posterior": run.latents(terms),
         "log_likelihood": {"marginal": run.log_likelihood(terms, score, num_weights)},
-        "sample_stats": {"log_weight": (("chain", "draw", plate), _array(terms.log_weight)[None])},
+        "sample_stats": {
+            "log_weight": (("chain", "draw", plate), to_numpy(terms.log_weight)[None])
+        },
         "observed_data": _rows(terms.observed, plate),
         "constant_data": _constants(model, args, kwargs, terms, plate),
     }
@@ -102,55 +94,24 @@ def to_arviz(
         groups["prior_predictive"] = prior_predictive
         groups["posterior_predictive"] = run.predictive()
     observations = Observations.of(terms)
-    groups["observed_data"]["checksum"] = ((plate,), _array(observations.checksum))
+    groups["observed_data"]["checksum"] = ((plate,), to_numpy(observations.checksum))
     attributes = {
         "base_measure": observations.base_measure,
         "values_per_datum": observations.values_per_datum,
     }
-    return _assemble(groups, {"observed_data": attributes})
+    return assemble(groups, {"observed_data": attributes})
 
 
-def compare(scores: Mapping[str, Any]) -> "pd.DataFrame":
-    """Rank models by held-out log p(x), with the paired error of each difference.
-
-        diff = mean_i [log p_m(x_i) - log p_best(x_i)],    dse = its standard error over the data
-
-    The ranking and the weights (pseudo-BMA) are ArviZ's ``compare``; what it sums over the data is
-    given here per datum, in nats. The paired error is the one to judge a difference by: it leaves
-    out how hard the data are for every model.
-
-    Args:
-        scores: Model name -> `LogMarginal` of the same data, or for all models what `to_arviz`
-            returns, whose log-likelihoods are then compared by leave-one-out cross-validation. The
-            log-likelihood of a pair without global latents is the same for all draws; it is taken
-            as it is.
-
-    Returns:
-        One row per model, best first: ``rank``, ``mean``, ``se``, ``diff``, ``dse``, ``weight`` and
-        ``unreliable``, the number of data whose Pareto k is above 0.7.
-
-    Raises:
-        TypeError: If the scores are of different kinds.
-        ValueError: If there are fewer than two, if they are of different data, or if the models'
-            likelihoods have different base measures (a density can't be ranked with a probability).
-    """
-    if len(scores) < 2:
-        raise ValueError(f"Expected at least two models to compare; got {list(scores)}.")
-    held_out = [isinstance(s, LogMarginal) for s in scores.values()]
-    if any(held_out) and not all(held_out):
-        kinds = {name: type(s).__name__ for name, s in scores.items()}
-        raise TypeError(
-            f"Expected scores of one kind, all LogMarginal or all ArviZ's; got {kinds}."
+def _check_score(score: LogMarginal | None, terms: Terms, structure: PairStructure) -> None:
+    if score is None:
+        return
+    if structure.global_latents:
+        raise ValueError(
+            f"Expected no score for a pair with global latents {list(structure.global_latents)}, "
+            f"which needs one for each of their draws; got one."
         )
-    observations = {name: _observations(s) for name, s in scores.items()}
-    _check_same_data(observations)
-    arviz = _arviz()
-    elpd = {
-        name: _elpd(arviz, s) if isinstance(s, LogMarginal) else _cross_validated(arviz, s)
-        for name, s in scores.items()
-    }
-    unreliable = {name: int((e.pareto_k > 0.7).sum()) for name, e in elpd.items()}
-    return _table(arviz, elpd, unreliable)
+    if not score.observations.same_data(Observations.of(terms)):
+        raise ValueError("Expected the score of these data; got one of other data.")
 
 
 class _Draws:
@@ -194,7 +155,7 @@ class _Draws:
         """Latents of guide and model, with the draws along ``draw``."""
         arrays = {name: self._local(name, value) for name, value in terms.samples.items()}
         for name, value in terms.global_samples.items():
-            arrays[name] = (("chain", "draw", *_dims(name, value, 1)), _array(value)[None])
+            arrays[name] = (("chain", "draw", *_dims(name, value, 1)), to_numpy(value)[None])
         for name in self.structure.model_enumerated:
             arrays[name] = self._local(name, self._values(self.model_trace, name))
         return arrays
@@ -217,7 +178,7 @@ class _Draws:
             latents[name] = self._local(name, self._values(trace, name))
         for name in self.structure.global_latents:
             value = self._values(trace, name)
-            latents[name] = (("chain", "draw", *_dims(name, value, 1)), _array(value)[None])
+            latents[name] = (("chain", "draw", *_dims(name, value, 1)), to_numpy(value)[None])
         return latents, {n: self._local(n, self._values(trace, n)) for n in self._predicted()}
 
     def log_likelihood(
@@ -235,7 +196,7 @@ class _Draws:
         else:
             score = score or self._score(sampled, num_weights)
             rows = score.log_prob.expand(self.num_samples, -1)
-        return ("chain", "draw", self.plate), _array(rows)[None]
+        return ("chain", "draw", self.plate), to_numpy(rows)[None]
 
     def _score(self, sampled: set[str], num_weights: int) -> LogMarginal:
         pair, settings = (self.model, self.guide, *self.args), {"plate": self.plate, **self.kwargs}
@@ -316,7 +277,7 @@ class _Draws:
 
     def _local(self, name: str, value: Tensor) -> tuple[tuple[str, ...], np.ndarray]:
         value = value.expand(self.num_samples, *value.shape[1:])
-        return ("chain", "draw", self.plate, *_dims(name, value, 2)), _array(value)[None]
+        return ("chain", "draw", self.plate, *_dims(name, value, 2)), to_numpy(value)[None]
 
 
 class _Unmasked(Messenger):
@@ -348,12 +309,8 @@ def _dims(name: str, value: Tensor, leading: int) -> tuple[str, ...]:
     return tuple(f"{name}_dim_{i}" for i in range(value.dim() - leading))
 
 
-def _array(value: Tensor) -> np.ndarray:
-    return value.detach().cpu().numpy()
-
-
 def _rows(values: Mapping[str, Tensor], plate: str) -> Arrays:
-    return {n: ((plate, *_dims(n, v, 1)), _array(v)) for n, v in values.items()}
+    return {n: ((plate, *_dims(n, v, 1)), to_numpy(v)) for n, v in values.items()}
 
 
 def _constants(model: Program, args: tuple, kwargs: dict, terms: Terms, plate: str) -> Arrays:
@@ -375,139 +332,3 @@ def _constants(model: Program, args: tuple, kwargs: dict, terms: Terms, plate: s
 
 def _equal(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.device == b.device and bool(torch.equal(a, b.to(a.dtype)))
-
-
-def _check_score(score: LogMarginal | None, terms: Terms, structure: PairStructure) -> None:
-    if score is None:
-        return
-    if structure.global_latents:
-        raise ValueError(
-            f"Expected no score for a pair with global latents {list(structure.global_latents)}, "
-            f"which needs one for each of their draws; got one."
-        )
-    if not score.observations.same_data(Observations.of(terms)):
-        raise ValueError("Expected the score of these data; got one of other data.")
-
-
-def _assemble(groups: Mapping[str, Arrays], attributes: Mapping[str, dict[str, Any]]) -> Any:
-    """The one place that knows ArviZ's containers."""
-    import xarray
-
-    datasets = {
-        name: xarray.Dataset(
-            dict(arrays),
-            coords={
-                dim: np.arange(size)
-                for dims, values in arrays.values()
-                for dim, size in zip(dims, values.shape, strict=True)
-            },
-            attrs={"inference_library": "pyro_lvm", **attributes.get(name, {})},
-        )
-        for name, arrays in groups.items()
-        if arrays
-    }
-    if _is_arviz_1():
-        return xarray.DataTree.from_dict(datasets)
-    return _arviz().InferenceData(**datasets)
-
-
-def _arviz() -> Any:
-    with warnings.catch_warnings():  # ArviZ 0.23 announces version 1 whenever it is imported
-        warnings.simplefilter("ignore", FutureWarning)
-        import arviz
-    return arviz
-
-
-def _is_arviz_1() -> bool:
-    return int(_arviz().__version__.split(".")[0]) >= 1
-
-
-def _observations(score: Any) -> Observations | None:
-    """What a score is about; None for a container that was not made here."""
-    if isinstance(score, LogMarginal):
-        return score.observations
-    observed = score["observed_data"]
-    if "checksum" not in observed:
-        return None
-    return Observations(
-        checksum=torch.as_tensor(np.array(observed["checksum"])),
-        values_per_datum=int(observed.attrs["values_per_datum"]),
-        base_measure=observed.attrs["base_measure"],
-    )
-
-
-def _check_same_data(observations: Mapping[str, Observations | None]) -> None:
-    known = {name: o for name, o in observations.items() if o is not None}
-    if not known:
-        return
-    (first, reference), *others = known.items()
-    for name, other in others:
-        if not reference.same_data(other):
-            raise ValueError(
-                f"Expected scores of the same data, in the same order; got other data for '{name}' "
-                f"than for '{first}'. Score both models on one test set."
-            )
-        if reference.base_measure != other.base_measure:
-            raise ValueError(
-                f"Expected likelihoods with the same base measure; got a {reference.base_measure} "
-                f"one for '{first}' and a {other.base_measure} one for '{name}': a density and a "
-                f"probability can't be ranked. Give both models the same kind of likelihood."
-            )
-
-
-def _elpd(arviz: Any, score: LogMarginal) -> Any:
-    """A held-out score as what ArviZ's ``compare`` takes."""
-    return _pointwise(arviz, _array(score.log_prob), _array(score.pareto_k), score.num_samples)
-
-
-def _cross_validated(arviz: Any, idata: Any) -> Any:
-    """Leave-one-out cross-validation; where no draw differs there is nothing to reweigh."""
-    variables = dict(idata["log_likelihood"].data_vars)
-    if len(variables) == 1:
-        (rows,) = variables.values()
-        values = rows.values.reshape(-1, rows.shape[-1])  # draws x N
-        if rows.ndim == 3 and (values == values[0]).all():
-            return _pointwise(arviz, values[0], np.full(values.shape[1], -np.inf), len(values))
-    return arviz.loo(idata, pointwise=True)
-
-
-def _pointwise(arviz: Any, values: np.ndarray, pareto_k: np.ndarray, num_samples: int) -> Any:
-    """Values of log p(x_i) and their sum, as ArviZ's ``loo`` returns them."""
-    import xarray
-
-    values = values.astype(np.float64)
-    fields = {
-        "se": math.sqrt(len(values) * values.var()),
-        "n_samples": max(num_samples, 1),
-        "n_data_points": len(values),
-        "warning": bool((pareto_k > 0.7).any()),
-        "scale": "log",
-        "good_k": 0.7,
-        "pareto_k": xarray.DataArray(pareto_k),
-    }
-    pointwise = xarray.DataArray(values)
-    if _is_arviz_1():
-        return arviz.ELPDDataLOO(elpd=values.sum(), p=0.0, elpd_i=pointwise, **fields)
-    named = {"elpd_loo": values.sum(), "p_loo": 0.0, "loo_i": pointwise, **fields}
-    return arviz.ELPDData(list(named.values()), index=list(named))
-
-
-def _table(arviz: Any, elpd: Mapping[str, Any], unreliable: Mapping[str, int]) -> "pd.DataFrame":
-    import pandas as pd
-
-    settings = {"round_to": "none"} if _is_arviz_1() else {}
-    ranked = arviz.compare(dict(elpd), method="pseudo-bma", **settings)
-    total = ranked["elpd" if "elpd" in ranked else "elpd_loo"].astype(float)
-    size = next(iter(elpd.values())).n_data_points
-    return pd.DataFrame(
-        {
-            "rank": ranked["rank"].astype(int),
-            "mean": total / size,
-            "se": ranked["se"].astype(float) / size,
-            "diff": (total - total.max()) / size,
-            "dse": ranked["dse"].astype(float) / size,
-            "weight": ranked["weight"].astype(float),
-            "unreliable": pd.Series(unreliable)[ranked.index],
-        },
-        index=ranked.index,
-    )

@@ -1,0 +1,119 @@
+"""What is looked at before training starts, so that nothing is refused half-way."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pyro import poutine
+from pyro.infer import ELBO
+from torch import Tensor
+
+from pyro_lvm.checks import check_count
+from pyro_lvm.pair import Program, data_plate, inspect_pair, no_guide, untouched_random_state
+from pyro_lvm.training.batches import Batches
+
+if TYPE_CHECKING:
+    from pyro_lvm.training.lightning import PairModule
+
+__all__ = [
+    "check_alike",
+    "check_loss",
+    "check_objective",
+    "check_pair",
+    "check_patience",
+    "check_settings",
+]
+
+
+def check_objective(elbo: object) -> None:
+    """Refuse what is no objective, or one without a loss to differentiate."""
+    if not isinstance(elbo, ELBO) or not hasattr(elbo, "differentiable_loss"):
+        name = elbo.__name__ if isinstance(elbo, type) else type(elbo).__name__
+        raise TypeError(
+            f"Expected elbo to be an instance of a pyro.infer.ELBO with a differentiable loss; got "
+            f"{name}. Use TraceInfo_ELBO(), Trace_ELBO(), TraceEnum_ELBO() or the like."
+        )
+
+
+def check_settings(settings: dict[str, Any]) -> None:
+    """Refuse settings of the trainer that fit itself sets."""
+    ours = {"callbacks": "callbacks=", "max_epochs": "epochs=", "accelerator": "device="}
+    for name in ours.keys() & settings.keys():
+        raise ValueError(
+            f"Expected trainer settings other than '{name}', which fit sets; got one. Pass "
+            f"{ours[name]} instead."
+        )
+
+
+def check_pair(
+    model: Program, guide: Program | None, batches: Batches, plate: str, *, required: bool
+) -> None:
+    """Run all data through the pair."""
+    start = 0
+    for batch in batches.in_order():
+        end = start + len(batch[0])
+        try:
+            structure = inspect_pair(model, guide, batch, plate=plate, require_plate=required)
+        except ValueError as error:
+            error.add_note(f"This is what model and guide say of {batches.name}[{start}:{end}].")
+            raise
+        except Exception as error:
+            kinds = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in batch)
+            raise ValueError(
+                f"Expected {batches.name} that model and guide can be called with; got a batch "
+                f"{kinds}, on which they raised {type(error).__name__}: {error}. Convert the data, "
+                f"for example by .to(torch.get_default_dtype()) or .reshape, or mend the pair."
+            ) from error
+        if structure.plate is not None and structure.num_data != len(batch[0]):
+            _check_subsampled(model, guide, batch, plate)
+        start = end
+
+
+def _check_subsampled(
+    model: Program, guide: Program | None, batch: tuple[Tensor, ...], plate: str
+) -> None:
+    """Refuse a data plate that is neither the batch nor a part of a larger plate."""
+    with torch.no_grad(), poutine.block(), untouched_random_state(batch):
+        guide_trace = poutine.trace(guide or no_guide).get_trace(*batch)
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*batch)
+    frame = data_plate((guide_trace, model_trace), plate)
+    if frame.full_size in (None, frame.size):
+        raise ValueError(
+            f"Expected plate '{plate}' to hold the {len(batch[0])} data of a batch; got size "
+            f"{frame.size}. The data are along the first dimension of each tensor: write "
+            f"pyro.plate('{plate}', len(x)), or name the plate that holds them by plate=."
+        )
+
+
+def check_loss(module: "PairModule", example: tuple[Tensor, ...], held_out: Batches | None) -> None:
+    """Run the objective over the smallest batches."""
+    with untouched_random_state(example), torch.no_grad():
+        loss, _ = module.loss(example)
+        if held_out is not None:
+            module.loss(held_out.smallest)
+    if not torch.isfinite(loss):
+        raise ValueError(
+            f"Expected a finite loss before training; got {float(loss)} for the first "
+            f"{len(example[0])} data. Start from other parameters, or look for the site whose "
+            f"log-probability is infinite by pyro.poutine.trace(model).get_trace(...)."
+        )
+
+
+def check_alike(batches: Batches, held_out: Batches) -> None:
+    """Refuse validation data of another kind than the training data."""
+    kinds = [[(t.shape[1:], t.dtype) for t in b.tensors] for b in (batches, held_out)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"Expected validation data of the same shapes and dtypes as the training data, "
+            f"{kinds[0]}; got {kinds[1]}."
+        )
+
+
+def check_patience(patience: int | None, validation: object) -> None:
+    """Refuse patience without anything to wait for."""
+    if patience is not None:
+        check_count("patience", patience)
+        if validation is None:
+            raise ValueError(
+                "Expected validation data, whose loss patience waits for; got none. Pass "
+                "validation=, or no patience."
+            )
