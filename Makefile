@@ -43,7 +43,7 @@ format: $(READY)  ## format the code, sort the imports
 	$(BIN)/ruff format .
 
 docs: $(READY)  ## the API pages under out/docs
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[docs]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	$(BIN)/python -m pdoc --math --docformat google --output-directory $(OUT)/docs pyro_lvm
 
 clean:  ## remove the environment and all outputs

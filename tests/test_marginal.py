@@ -285,6 +285,25 @@ def test_what_is_refused(function, name, guide, settings, match):
         function(problem.model, guide or problem.guide, *problem.args, **settings)
 
 
+def test_observations_are_known_in_any_order_of_the_sites():
+    x, y = torch.randn(5, 3), torch.randn(5)
+
+    def story(*names):
+        def model():
+            with pyro.plate("data", 5):
+                for name in names:
+                    value = {"x": x, "y": y}[name]
+                    event_dim = value.dim() - 1
+                    fn = dist.Normal(torch.zeros(value.shape[1:]), 1.0).to_event(event_dim)
+                    pyro.sample(name, fn, obs=value)
+
+        return exact(model, None).observations
+
+    assert story("x", "y").same_data(story("y", "x"))
+    assert not story("x", "y").same_data(story("x"))
+    assert not story("x").same_data(story("y"))
+
+
 def test_exact_refuses_random_global_latents():
     def guide(x):
         pyro.sample("mean", dist.Normal(0.5, 0.7))

@@ -32,14 +32,16 @@ class Observations:
     @classmethod
     def of(cls, terms: Terms) -> "Observations":
         """The observations that some terms were computed for."""
-        flat = [v.reshape(terms.num_data, -1).double() for v in terms.observed.values()]
-        values = torch.cat(flat, 1).cpu() if flat else torch.zeros(terms.num_data, 0)
-        weights = torch.cos(torch.arange(values.shape[1], dtype=torch.float64))
+        checksum, size = torch.zeros(terms.num_data, dtype=torch.float64), 0
+        for value in terms.observed.values():  # a sum: models may have their sites in any order
+            flat = value.reshape(terms.num_data, -1).cpu().double()
+            checksum = checksum + flat @ torch.cos(torch.arange(flat.shape[1]).double())
+            size += flat.shape[1]
         kinds = set(terms.discrete.values())
         measure: BaseMeasure = "mixed"
         if len(kinds) == 1:
             measure = "discrete" if kinds.pop() else "continuous"
-        return cls(values.double() @ weights, values.shape[1], measure)
+        return cls(checksum, size, measure)
 
     def same_data(self, other: "Observations") -> bool:
         """Whether both are about the same data, up to single precision."""
