@@ -1,7 +1,9 @@
 """The InfoVAE objective against Pyro's objectives, closed forms and hand-made sums."""
 
+import copy
 import itertools
 import math
+import pickle
 
 import pyro
 import pyro.distributions as dist
@@ -392,6 +394,25 @@ def test_divergence_refuses_sequential_enumeration():
     elbo = TraceInfo_ELBO(lambda_=2.0, divergence=MMD(), sites=["z"])
     with pytest.raises(ValueError, match=r"sequential enumeration in the guide at \['y'\]"):
         elbo.loss(sequential_model, sequential_guide, torch.randn(NUM_DATA))
+
+
+def test_objective_is_copied_and_pickled_without_what_it_has_run():
+    problem = PROBLEMS["normal_normal"]()
+    elbo = TraceInfo_ELBO(alpha=0.5, lambda_=2.0, divergence=MMD())
+    expected = value_and_gradient(elbo, problem)
+    for twin in (copy.deepcopy(elbo), pickle.loads(pickle.dumps(elbo))):
+        loss, gradient = value_and_gradient(twin, problem)
+        assert loss == expected[0]
+        assert_equal_gradients(gradient, expected[1])
+
+
+def test_no_trace_outlives_the_call():
+    problem = PROBLEMS["modules"]()
+    elbo = TraceInfo_ELBO(alpha=0.5, lambda_=2.0, divergence=MMD())
+    elbo.loss(problem.model, problem.guide, *problem.args)
+    loss = elbo.differentiable_loss(problem.model, problem.guide, *problem.args)
+    assert all(not host.runs for host, _ in elbo._prepared.values())
+    loss.backward()
 
 
 def test_random_state_is_that_of_pyro_after_the_first_call():

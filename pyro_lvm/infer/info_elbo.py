@@ -26,7 +26,7 @@ __all__ = ["TraceInfo_ELBO"]
 
 
 class TraceInfo_ELBO(ELBO):
-    """The InfoVAE objective (Zhao, Song and Ermon 2017, eq. 6 and 7) for any pair.
+    """The InfoVAE objective (Zhao, Song and Ermon 2017, section 3) for any pair.
 
     To be maximised, over data i and with the aggregate posterior q(z) = mean_i q(z | x_i)::
 
@@ -143,7 +143,9 @@ class TraceInfo_ELBO(ELBO):
         divergence = self._divergence(host, structure, model, args, kwargs)
         if divergence is not None:
             loss = loss + self._size(host) * self.divergence_weight * divergence
-        return loss, self._parts(host, structure, loss, divergence)
+        parts = self._parts(host, structure, loss, divergence)
+        host.runs.clear()  # the traces hold the activations of the whole batch
+        return loss, parts
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """An estimate of the loss, in nats over all data, without a gradient."""
@@ -154,6 +156,7 @@ class TraceInfo_ELBO(ELBO):
             divergence = self._divergence(host, structure, model, args, kwargs)
         if divergence is not None:
             loss = loss + self._size(host) * self.divergence_weight * divergence
+        host.runs.clear()
         return torch_item(loss)
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
@@ -181,6 +184,9 @@ class TraceInfo_ELBO(ELBO):
         if self.divergence_weight != 0:
             self._check_sites(structure)
         return structure
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepared": {}}  # made again where it is needed
 
     def _get_trace(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> Any:
         raise NotImplementedError("The traces are drawn by the host.")

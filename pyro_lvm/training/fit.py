@@ -153,25 +153,10 @@ def fit(
     if seed is not None:
         pyro.set_rng_seed(seed)
     with _quiet_lightning():
-        from pyro_lvm.training.lightning import BestParameters, EpochProgress, PairModule
+        from pyro_lvm.training.lightning import BestParameters, EpochProgress
 
-    modules = modules_of(model, guide, getattr(elbo, "divergence", None))
-    with _evaluating(modules) as home:
-        for data_set in filter(None, (batches, held_out)):
-            data_set.to(home or batches.device)
-            check_pair(model, guide, data_set, plate, required=batches.num_batches > 1)
-    with _evaluating(modules):
-        module = PairModule(
-            model,
-            guide,
-            elbo,
-            optimizer or _adam,
-            example=batches.smallest,
-            num_data=batches.num_data,
-            plate=plate,
-        )
-        example = batches.smallest
-        check_loss(module, example, held_out)
+    module = _checked_module(model, guide, elbo, optimizer or _adam, batches, held_out, plate)
+    example = batches.smallest
     best = BestParameters()
     callbacks = [best, *callbacks]
     if progress:
@@ -197,6 +182,37 @@ def fit(
         seconds=time.perf_counter() - start,
         num_parameters=sum(p.numel() for p in module.trained),
     )
+
+
+def _checked_module(
+    model: Program,
+    guide: Program | None,
+    elbo: ELBO,
+    optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer],
+    batches: Batches,
+    held_out: Batches | None,
+    plate: str,
+) -> "PairModule":
+    """What Lightning trains, once pair, objective and data have been seen to fit together."""
+    from pyro_lvm.training.lightning import PairModule
+
+    modules = modules_of(model, guide, getattr(elbo, "divergence", None))
+    with _evaluating(modules) as home:
+        for data_set in filter(None, (batches, held_out)):
+            data_set.to(home or batches.device)
+            check_pair(model, guide, data_set, plate, required=batches.num_batches > 1)
+    with _evaluating(modules):
+        module = PairModule(
+            model,
+            guide,
+            elbo,
+            optimizer,
+            example=batches.smallest,
+            num_data=batches.num_data,
+            plate=plate,
+        )
+        check_loss(module, batches.smallest, held_out)
+    return module
 
 
 def _train(
