@@ -8,7 +8,7 @@ A pair is any two callables with the same arguments: functions with ``pyro.param
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ __all__ = [
     "PairStructure",
     "Program",
     "data_plate",
+    "device_of",
     "inspect_pair",
     "modules_of",
     "no_guide",
@@ -172,6 +173,7 @@ def parameters_of(
         poutine.trace(param_only=True) as capture,
         poutine.block(hide_types=["sample"]),
         untouched_random_state(args, kwargs),
+        device_of(args, kwargs),
         torch.enable_grad(),
     ):
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
@@ -240,6 +242,17 @@ class _PlateSize(Messenger):
                 msg["scale"] = msg["scale"] * (self.size / frame.size)
 
 
+def device_of(args: tuple = (), kwargs: dict | None = None) -> AbstractContextManager[Any]:
+    """Let a program make its tensors where its arguments are, if that is not the CPU.
+
+    ``dist.Normal(0.0, 1.0)`` in a plate is a tensor with an entry per datum. Inside this context it
+    is made on the device of the data, so that a story in plain numbers runs on any device.
+    """
+    tensors = [a for a in (*args, *(kwargs or {}).values()) if isinstance(a, Tensor)]
+    elsewhere = (t.device for t in tensors if t.device.type != "cpu")
+    return next(elsewhere, nullcontext())
+
+
 @contextmanager
 def untouched_random_state(args: tuple = (), kwargs: dict | None = None) -> Iterator[None]:
     """Put torch's generators back as they were: the CPU's, and those of the arguments' devices."""
@@ -256,6 +269,7 @@ def _plain_traces(model: Program, guide: Program, args: tuple, kwargs: dict) -> 
         torch.no_grad(),
         poutine.block(),
         untouched_random_state(args, kwargs),
+        device_of(args, kwargs),
         warnings.catch_warnings(),
     ):
         # Pyro warns where sites do not match; here that is an error, with its remedy

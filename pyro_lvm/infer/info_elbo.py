@@ -16,6 +16,7 @@ from pyro_lvm.pair import (
     PairStructure,
     Program,
     data_plate,
+    device_of,
     inspect_pair,
     modules_of,
     no_guide,
@@ -139,8 +140,9 @@ class TraceInfo_ELBO(ELBO):
         host, structure = self._prepare(model, guide, args, kwargs)
         guide = no_guide if guide is None else guide
         method = host.differentiable_loss if torch.is_grad_enabled() else host.loss
-        loss = torch.as_tensor(self._explained(method, structure, model, guide, args, kwargs))
-        divergence = self._divergence(host, structure, model, args, kwargs)
+        with device_of(args, kwargs):
+            loss = torch.as_tensor(self._explained(method, structure, model, guide, args, kwargs))
+            divergence = self._divergence(host, structure, model, args, kwargs)
         if divergence is not None:
             loss = loss + self._size(host) * self.divergence_weight * divergence
         parts = self._parts(host, structure, loss, divergence)
@@ -151,7 +153,7 @@ class TraceInfo_ELBO(ELBO):
         """An estimate of the loss, in nats over all data, without a gradient."""
         host, structure = self._prepare(model, guide, args, kwargs)
         guide = no_guide if guide is None else guide
-        with torch.no_grad():
+        with torch.no_grad(), device_of(args, kwargs):
             loss = self._explained(host.loss, structure, model, guide, args, kwargs)
             divergence = self._divergence(host, structure, model, args, kwargs)
         if divergence is not None:

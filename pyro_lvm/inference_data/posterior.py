@@ -18,7 +18,7 @@ from pyro_lvm.checks import check_count
 from pyro_lvm.inference_data.containers import Arrays, assemble, to_numpy
 from pyro_lvm.marginal import LogMarginal, exact, importance_sampling
 from pyro_lvm.marginal.log_marginal import Observations
-from pyro_lvm.pair import PairStructure, Program, inspect_pair, no_guide
+from pyro_lvm.pair import PairStructure, Program, device_of, inspect_pair, no_guide
 from pyro_lvm.terms import PARTICLES, Terms, sample_table, terms_from_traces
 
 __all__ = ["to_arviz"]
@@ -143,9 +143,7 @@ class _Draws:
         model = EnumMessenger(first_available_dim=self._first_free_dim)(
             self._vectorized(self.model)
         )
-        model_trace = poutine.trace(poutine.replay(model, trace=self.guide_trace)).get_trace(
-            *self.args, **self.kwargs
-        )
+        model_trace = self._run(poutine.replay(model, trace=self.guide_trace))
         model_trace, guide_trace = map(prune_subsample_sites, (model_trace, self.guide_trace))
         model_trace.compute_log_prob()
         guide_trace.compute_log_prob()
@@ -245,9 +243,7 @@ class _Draws:
         # conditioned, not replayed: of replayed sites infer_discrete would not see what they
         # depend on
         story = poutine.condition(self._vectorized(_unmasked(self.model, names)), data=values)
-        drawn = poutine.trace(
-            infer_discrete(story, first_available_dim=self._first_free_dim)
-        ).get_trace(*self.args, **self.kwargs)
+        drawn = self._run(infer_discrete(story, first_available_dim=self._first_free_dim))
         for name in names:
             latents.add_node(name, **drawn.nodes[name])
         return latents
@@ -257,7 +253,11 @@ class _Draws:
         program = self._vectorized(program)
         if latents is not None:
             program = poutine.replay(program, trace=latents)
-        return poutine.trace(program).get_trace(*self.args, **self.kwargs)
+        return self._run(program)
+
+    def _run(self, program: Program) -> Any:
+        with device_of(self.args, self.kwargs):
+            return poutine.trace(program).get_trace(*self.args, **self.kwargs)
 
     @property
     def _first_free_dim(self) -> int:

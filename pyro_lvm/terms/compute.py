@@ -7,7 +7,7 @@ from pyro.poutine import unwrap
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_messenger import Trace
 
-from pyro_lvm.pair import Program, inspect_pair, no_guide
+from pyro_lvm.pair import Program, device_of, inspect_pair, no_guide
 from pyro_lvm.terms.reader import TraceReader
 from pyro_lvm.terms.record import Terms
 
@@ -55,7 +55,8 @@ def compute_terms(
         vectorize_particles=num_particles > 1,
         strict_enumeration_warning=False,
     )
-    model_trace, guide_trace = next(iter(host._get_traces(model, guide, args, kwargs)))
+    with device_of(args, kwargs):
+        model_trace, guide_trace = next(iter(host._get_traces(model, guide, args, kwargs)))
     return terms_from_traces(model_trace, guide_trace, plate=plate)
 
 

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from pyro_lvm.pair import (
     Program,
+    device_of,
     modules_of,
     no_guide,
     parameters_of,
@@ -121,11 +122,12 @@ class PairModule(pl.LightningModule):
     def loss(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a minibatch and its parts by name, nats per datum."""
         parts: dict[str, Tensor] = {}
-        if hasattr(self.elbo, "loss_and_parts"):
-            loss, parts = self.elbo.loss_and_parts(*self.programs, *batch)
-        else:
-            method = "differentiable_loss" if torch.is_grad_enabled() else "loss"
-            loss = getattr(self.elbo, method)(*self.programs, *batch)
+        with device_of(batch):
+            if hasattr(self.elbo, "loss_and_parts"):
+                loss, parts = self.elbo.loss_and_parts(*self.programs, *batch)
+            else:
+                method = "differentiable_loss" if torch.is_grad_enabled() else "loss"
+                loss = getattr(self.elbo, method)(*self.programs, *batch)
         loss = torch.as_tensor(loss) / self.num_data
         return loss, {**parts, "loss": loss.detach()}
 

@@ -8,7 +8,14 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_lvm.checks import check_count
-from pyro_lvm.pair import Program, data_plate, inspect_pair, no_guide, untouched_random_state
+from pyro_lvm.pair import (
+    Program,
+    data_plate,
+    device_of,
+    inspect_pair,
+    no_guide,
+    untouched_random_state,
+)
 from pyro_lvm.training.batches import Batches
 
 if TYPE_CHECKING:
@@ -72,7 +79,7 @@ def _check_subsampled(
     model: Program, guide: Program | None, batch: tuple[Tensor, ...], plate: str
 ) -> None:
     """Refuse a data plate that is neither the batch nor a part of a larger plate."""
-    with torch.no_grad(), poutine.block(), untouched_random_state(batch):
+    with torch.no_grad(), poutine.block(), untouched_random_state(batch), device_of(batch):
         guide_trace = poutine.trace(guide or no_guide).get_trace(*batch)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*batch)
     frame = data_plate((guide_trace, model_trace), plate)
