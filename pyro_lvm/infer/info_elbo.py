@@ -118,7 +118,9 @@ class TraceInfo_ELBO(ELBO):
 
         Its gradient is an unbiased estimate of the gradient of the negative objective.
         """
-        return self.loss_and_parts(model, guide, *args, **kwargs)[0]
+        host, _, loss, _ = self._estimate("differentiable_loss", model, guide, args, kwargs)
+        host.runs.clear()  # the traces hold the activations of the whole batch
+        return loss
 
     def loss_and_parts(
         self, model: Program, guide: Program, *args: Any, **kwargs: Any
@@ -137,27 +139,17 @@ class TraceInfo_ELBO(ELBO):
             own (sites enumerated sequentially, or outside the plate) only ``loss``; without a data
             plate that is over all data.
         """
-        host, structure = self._prepare(model, guide, args, kwargs)
-        guide = no_guide if guide is None else guide
-        method = host.differentiable_loss if torch.is_grad_enabled() else host.loss
-        with device_of(args, kwargs):
-            loss = torch.as_tensor(self._explained(method, structure, model, guide, args, kwargs))
-            divergence = self._divergence(host, structure, model, args, kwargs)
-        if divergence is not None:
-            loss = loss + self._size(host) * self.divergence_weight * divergence
+        method = "differentiable_loss" if torch.is_grad_enabled() else "loss"
+        host, structure, estimate, divergence = self._estimate(method, model, guide, args, kwargs)
+        loss = torch.as_tensor(estimate)
         parts = self._parts(host, structure, loss, divergence)
-        host.runs.clear()  # the traces hold the activations of the whole batch
+        host.runs.clear()
         return loss, parts
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """An estimate of the loss, in nats over all data, without a gradient."""
-        host, structure = self._prepare(model, guide, args, kwargs)
-        guide = no_guide if guide is None else guide
-        with torch.no_grad(), device_of(args, kwargs):
-            loss = self._explained(host.loss, structure, model, guide, args, kwargs)
-            divergence = self._divergence(host, structure, model, args, kwargs)
-        if divergence is not None:
-            loss = loss + self._size(host) * self.divergence_weight * divergence
+        with torch.no_grad():
+            host, _, loss, _ = self._estimate("loss", model, guide, args, kwargs)
         host.runs.clear()
         return torch_item(loss)
 
@@ -209,6 +201,19 @@ class TraceInfo_ELBO(ELBO):
         host, structure = self._prepared[key]
         host.runs.clear()
         return host, structure
+
+    def _estimate(
+        self, method: str, model: Program, guide: Program | None, args: tuple, kwargs: dict
+    ) -> tuple[Any, PairStructure, Any, Tensor | None]:
+        """The loss by a method of the host, the divergence added, and what it came from."""
+        host, structure = self._prepare(model, guide, args, kwargs)
+        run = getattr(host, method)
+        with device_of(args, kwargs):
+            loss = self._explained(run, structure, model, guide or no_guide, args, kwargs)
+            divergence = self._divergence(host, structure, model, args, kwargs)
+        if divergence is not None:
+            loss = loss + self._size(host) * self.divergence_weight * divergence
+        return host, structure, loss, divergence
 
     def _explained(
         self,
