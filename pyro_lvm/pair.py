@@ -26,6 +26,7 @@ __all__ = [
     "Program",
     "data_plate",
     "device_of",
+    "hold_subsamples",
     "inspect_pair",
     "modules_of",
     "no_guide",
@@ -51,6 +52,7 @@ class PairStructure:
         model_enumerated: Latent sites that the model sums out.
         guide_enumerated: Latent sites of which the guide takes the exact expectation.
         max_plate_nesting: How many tensor dimensions the plates use.
+        subsampled: Whether a plate sees only a part of what it stands for.
         not_reparameterised: Sites of the guide whose samples have no pathwise gradient.
         masked: Sites of the guide under a mask.
         point_masses: Sites of the guide whose distribution is a ``Delta``.
@@ -66,6 +68,7 @@ class PairStructure:
     model_enumerated: tuple[str, ...]
     guide_enumerated: tuple[str, ...]
     max_plate_nesting: int
+    subsampled: bool
     not_reparameterised: tuple[str, ...]
     masked: tuple[str, ...]
     point_masses: tuple[str, ...]
@@ -123,6 +126,11 @@ def inspect_pair(
         ),
         guide_enumerated=tuple(n for n, s in guide_sites.items() if s["infer"].get("enumerate")),
         max_plate_nesting=_plate_nesting((model_trace, guide_trace)),
+        subsampled=any(
+            f.full_size not in (None, f.size)
+            for s in model_sites.values()
+            for f in s["cond_indep_stack"]
+        ),
         not_reparameterised=tuple(n for n, s in guide_sites.items() if not _has_rsample(s)),
         masked=tuple(n for n, s in guide_sites.items() if not _is_unmasked(s)),
         point_masses=tuple(n for n, s in guide_sites.items() if _is_point_mass(s)),
@@ -224,6 +232,22 @@ def data_plate(traces: Iterable[Trace], plate: str, *, required: bool = True) ->
             f"one (for i in pyro.plate(...))."
         )
     return found
+
+
+def hold_subsamples(
+    model: Program, guide: Program, args: tuple = (), kwargs: dict | None = None
+) -> tuple[Program, Program]:
+    """Let all runs of a pair see one and the same minibatch, which its plates draw here.
+
+    Values per datum from several runs of a pair that subsamples by itself would otherwise be of
+    different data.
+    """
+    kwargs = kwargs or {}
+    with torch.no_grad(), poutine.block(), device_of(args, kwargs):
+        indices = poutine.trace(model).get_trace(*args, **kwargs)
+    for name in [n for n, s in indices.nodes.items() if not site_is_subsample(s)]:
+        indices.remove_node(name)
+    return poutine.replay(model, trace=indices), poutine.replay(guide, trace=indices)
 
 
 class _PlateSize(Messenger):

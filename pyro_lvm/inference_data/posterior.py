@@ -11,14 +11,21 @@ from pyro import poutine
 from pyro.infer import infer_discrete
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import prune_subsample_sites, site_is_subsample
+from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from pyro_lvm.checks import check_count
 from pyro_lvm.inference_data.containers import Arrays, assemble, to_numpy
 from pyro_lvm.marginal import LogMarginal, exact, importance_sampling
 from pyro_lvm.marginal.log_marginal import Observations
-from pyro_lvm.pair import PairStructure, Program, device_of, inspect_pair, no_guide
+from pyro_lvm.pair import (
+    PairStructure,
+    Program,
+    device_of,
+    hold_subsamples,
+    inspect_pair,
+    no_guide,
+)
 from pyro_lvm.terms import PARTICLES, Terms, sample_table, terms_from_traces
 
 __all__ = ["to_arviz"]
@@ -129,11 +136,10 @@ class _Draws:
         self.args, self.kwargs = args, kwargs
         self.num_samples, self.structure = num_samples, structure
         self.plate = str(structure.plate)
-        self.prior_trace = self._trace(poutine.uncondition(model))
-        # all that follows is about the data that a subsampled plate has drawn here
-        indices = _subsamples(self.prior_trace)
-        self.model = poutine.replay(model, trace=indices) if indices.nodes else model
-        self.guide = poutine.replay(guide, trace=indices) if indices.nodes else guide
+        self.model, self.guide = model, guide
+        if structure.subsampled:
+            self.model, self.guide = hold_subsamples(model, guide, args, kwargs)
+        self.prior_trace = self._trace(poutine.uncondition(self.model))
         # run without enumeration: what the guide enumerates is drawn
         self.guide_trace = self._trace(self.guide)
         self.model_trace = self._trace(self.model, self._latent_trace())
@@ -295,14 +301,6 @@ class _Unmasked(Messenger):
 def _unmasked(model: Program, names: tuple[str, ...]) -> Program:
     # the mask of an enumerated site does not take its prior away, see `compute_terms`
     return _Unmasked(names)(model)
-
-
-def _subsamples(trace: Any) -> Any:
-    """A trace of nothing but the indices that plates have drawn."""
-    indices = trace.copy()
-    for name in [n for n, s in trace.nodes.items() if not site_is_subsample(s)]:
-        indices.remove_node(name)
-    return indices
 
 
 def _dims(name: str, value: Tensor, leading: int) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from pyro_lvm.checks import check_count
 from pyro_lvm.marginal.log_marginal import LogMarginal, Observations
-from pyro_lvm.pair import PairStructure, Program, inspect_pair
+from pyro_lvm.pair import PairStructure, Program, hold_subsamples, inspect_pair, no_guide
 from pyro_lvm.terms import compute_terms
 
 __all__ = ["StreamingWeights", "importance_sampling"]
@@ -39,6 +39,8 @@ def importance_sampling(
     half its squared standard error (Burda et al. 2016: the bound L_K). The standard error is the
     delta method's, sd(w) / (mean(w) sqrt(K)). Enumerated sites are summed out inside each weight.
 
+    A pair that subsamples its data by itself is scored on one minibatch, the same in all chunks.
+
     With global latents each sample has its own draw g_k from the guide, and the value is that of
     the density of x_i averaged over them, the posterior predictive one if the guide is exact.
 
@@ -65,6 +67,8 @@ def importance_sampling(
     check_count("num_samples", num_samples)
     structure = inspect_pair(model, guide, args, kwargs, plate=plate)
     _check_proposal(structure)
+    if structure.subsampled:
+        model, guide = hold_subsamples(model, guide or no_guide, args, kwargs)
     if chunk_size is None:
         chunk_size = max(1, _ROWS_PER_CHUNK // structure.num_data)
     check_count("chunk_size", chunk_size)

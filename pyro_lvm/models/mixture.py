@@ -171,7 +171,7 @@ class GaussianMixture(Model):
         """Run an autoguide once: before its first run it has no parameters."""
         if getattr(self._autoguide, "prototype_trace", self) is None:
             with torch.no_grad(), poutine.block():
-                self.guide(torch.zeros(1, self.num_features))
+                self.guide(self.floor.new_zeros(1, self.num_features))
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._set_up_guide()
