@@ -249,8 +249,8 @@ def mixture_prior() -> Problem:
     return Problem(model, guide, (x,), parts.logsumexp(-1), enumerated=True)
 
 
-def semi_supervised() -> Problem:
-    """y enumerated in the guide, and z | x, y sampled there: the M2 model without labels."""
+def _two_clusters() -> tuple[Tensor, Tensor, Callable, Tensor]:
+    """y of two clusters and z sampled, x ~ N(z + centre[y], 0.5): data, centres, model, log p(x)."""
     x = _data(NUM_DATA)
     weights, centre = torch.tensor([0.25, 0.75]), torch.tensor([-2.0, 1.0])
 
@@ -261,6 +261,14 @@ def semi_supervised() -> Problem:
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(z + loc[y], 0.5), obs=x)
 
+    parts = _log_normal(x[:, None], centre, torch.tensor(1.25)) + weights.log()
+    return x, centre, model, parts.logsumexp(-1)
+
+
+def semi_supervised() -> Problem:
+    """y enumerated in the guide, and z | x, y sampled there: the M2 model without labels."""
+    x, centre, model, exact = _two_clusters()
+
     def guide(x):
         slope = pyro.param("slope", torch.tensor(0.8))
         with pyro.plate("data", len(x)):
@@ -268,8 +276,21 @@ def semi_supervised() -> Problem:
             y = pyro.sample("y", dist.Categorical(logits=logits), infer={"enumerate": "parallel"})
             pyro.sample("z", dist.Normal(slope * (x - centre[y]), 0.5))
 
-    parts = _log_normal(x[:, None], centre, torch.tensor(1.25)) + weights.log()
-    return Problem(model, guide, (x,), parts.logsumexp(-1), enumerated=True)
+    return Problem(model, guide, (x,), exact, enumerated=True)
+
+
+def independent_guide() -> Problem:
+    """y enumerated in the guide beside a z that does not depend on it."""
+    x, _, model, exact = _two_clusters()
+
+    def guide(x):
+        slope = pyro.param("slope", torch.tensor(0.4))
+        with pyro.plate("data", len(x)):
+            logits = torch.stack([-slope * x, slope * x], -1)
+            pyro.sample("y", dist.Categorical(logits=logits), infer={"enumerate": "parallel"})
+            pyro.sample("z", dist.Normal(slope * x, 1.2))
+
+    return Problem(model, guide, (x,), exact, enumerated=True)
 
 
 def guide_chain() -> Problem:
@@ -301,29 +322,6 @@ def guide_chain() -> Problem:
     given_b = (log_x[..., None, :] + step.log()).logsumexp(-1).sum(0)  # N x b
     exact = (given_b + (start @ step).log()).logsumexp(-1)
     return Problem(model, guide, (x,), exact, enumerated=True)
-
-
-def independent_guide() -> Problem:
-    """y enumerated in the guide beside a z that does not depend on it."""
-    x = _data(NUM_DATA)
-    weights, centre = torch.tensor([0.25, 0.75]), torch.tensor([-2.0, 1.0])
-
-    def model(x):
-        loc = pyro.param("loc", centre)
-        with pyro.plate("data", len(x)):
-            y = pyro.sample("y", dist.Categorical(weights))
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z + loc[y], 0.5), obs=x)
-
-    def guide(x):
-        slope = pyro.param("slope", torch.tensor(0.4))
-        with pyro.plate("data", len(x)):
-            logits = torch.stack([-slope * x, slope * x], -1)
-            pyro.sample("y", dist.Categorical(logits=logits), infer={"enumerate": "parallel"})
-            pyro.sample("z", dist.Normal(slope * x, 1.2))
-
-    parts = _log_normal(x[:, None], centre, torch.tensor(1.25)) + weights.log()
-    return Problem(model, guide, (x,), parts.logsumexp(-1), enumerated=True)
 
 
 def two_under_a_sum() -> Problem:
