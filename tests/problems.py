@@ -250,7 +250,7 @@ def mixture_prior() -> Problem:
 
 
 def _two_clusters() -> tuple[Tensor, Tensor, Callable, Tensor]:
-    """y of two clusters and z sampled, x ~ N(z + centre[y], 0.5): data, centres, model, log p(x)."""
+    """Data, centres, model and log p(x) of x ~ N(z + centre[y], 0.5)."""
     x = _data(NUM_DATA)
     weights, centre = torch.tensor([0.25, 0.75]), torch.tensor([-2.0, 1.0])
 
