@@ -194,11 +194,12 @@ class TraceInfo_ELBO(ELBO):
             if len(self._prepared) >= 16:  # programs made afresh for every call must not pile up
                 self._prepared.clear()
             structure = self.check_pair(model, guide, args, kwargs)
-            weight = LocalWeight(1.0 - self.alpha, self.plate, structure.model_enumerated)
+            weight = LocalWeight(1.0, self.plate, structure.model_enumerated)
             base: Any = self.host or host_class(structure)
             host = recorded(base)(weight=weight, **self._settings)
             self._prepared[key] = host, structure
         host, structure = self._prepared[key]
+        host.weight.weight = 1.0 - self.alpha
         host.runs.clear()
         return host, structure
 

@@ -1,0 +1,179 @@
+"""The loss of a pair as compiled tensor operations: a module that any training loop can use."""
+
+import warnings
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+import torch
+from pyro.infer import ELBO
+from torch import Tensor, fx, nn
+
+from pyro_lvm.pair import Program, modules_of, untouched_random_state
+from pyro_lvm.training.objective import check_differentiable, loss_and_parts
+from pyro_lvm.training.recording import (
+    NotRecordable,
+    Recording,
+    kind_of,
+    reason_of,
+    record,
+    settings_of,
+    tensors_of,
+    unchanged,
+)
+from pyro_lvm.training.tracing import Footprint
+
+__all__ = ["Backend", "CompiledLoss", "compile"]
+
+Backend = Callable[[fx.GraphModule], Callable[..., Any]]
+_MOST_GRAPHS = 16  # kinds of arguments in one module; each takes seconds to compile
+
+
+def compile(
+    elbo: ELBO, model: Program, guide: Program | None, *, backend: Backend | None = None
+) -> "CompiledLoss":
+    """Compile the loss of a pair.
+
+    The result is a module: ``loss = module(*args)`` is the loss of ``elbo`` on these arguments, in
+    nats over all data, and ``loss.backward()`` its gradient, as with ``elbo.differentiable_loss``.
+    Any optimiser, gradient clipping or scheduler works on it.
+
+    The first call with arguments of a kind (shapes, dtypes, devices; for all else but tensors, the
+    values) runs the pair in Python, records its tensor operations, compiles them, and compares
+    value and gradient with those of Python under the same random numbers. If a pair can't be
+    recorded, or does not agree, a warning says why, once, and these arguments go on in Python.
+
+    What is recorded is one run. Python that counts calls, or looks at anything but tensors, is
+    frozen as it was then; a weight that changes belongs into a tensor that is changed in place.
+    The training mode of modules, and the numbers that the objective has as attributes, are looked
+    at in every call, and each of their values has a graph of its own.
+
+    Args:
+        elbo: An objective of ours, or of Pyro's with a differentiable loss, or ``TraceGraph_ELBO``.
+        model: The model.
+        guide: The guide, or None if it samples nothing.
+        backend: From a graph to a function that runs it; ``torch.compile`` if None, with CUDA
+            graphs for parameters on CUDA.
+
+    Returns:
+        The loss as a module.
+
+    Raises:
+        TypeError: If the objective has no differentiable loss.
+    """
+    return CompiledLoss(elbo, model, guide, backend=backend)
+
+
+class CompiledLoss(nn.Module):
+    """The loss of a pair, compiled; made by `compile`.
+
+    Its parameters are those of the pair, the param store's among them, complete after the first
+    call or ``initialize``.
+
+    Attributes:
+        fallback_reason: Why some arguments run in Python; None if all are compiled.
+    """
+
+    def __init__(
+        self, elbo: ELBO, model: Program, guide: Program | None, *, backend: Backend | None = None
+    ) -> None:
+        super().__init__()
+        check_differentiable(elbo)
+        self.elbo, self.programs, self.backend = elbo, (model, guide), backend or inductor
+        self.owners = nn.ModuleList(modules_of(model, guide, getattr(elbo, "divergence", None)))
+        self.fallback_reason: str | None = None
+        self._footprint: Footprint | None = None
+        self._losses: dict[Hashable, _Compiled | None] = {}
+
+    def initialize(self, *args: Any, **kwargs: Any) -> "CompiledLoss":
+        """Compile for arguments of this kind; random numbers and buffers stay as they were."""
+        self._compiled(args, kwargs, False)
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss, a scalar, in nats over all data."""
+        return self._run(args, kwargs, False)[0]
+
+    def loss_and_parts(self, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and the parts that the objective reports, per datum and without gradient."""
+        return self._run(args, kwargs, True)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
+        """The parameters of the pair's modules, then those that only the param store has."""
+        seen = set()
+        for name, parameter in super().named_parameters(*args, **kwargs):
+            seen.add(id(parameter))
+            yield name, parameter
+        for i, leaf in enumerate(self._footprint.parameters if self._footprint else []):
+            if id(leaf) not in seen:
+                yield f"param_store.{i}", leaf
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_losses": {}, "_footprint": None}  # graphs are made again
+
+    def _run(self, args: tuple, kwargs: dict, parts: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        compiled = self._compiled(args, kwargs, parts)
+        if compiled is None:
+            return loss_and_parts(self.elbo, *self.programs, args, kwargs, parts=parts)
+        return compiled(args, kwargs)
+
+    def _compiled(self, args: tuple, kwargs: dict, parts: bool) -> "_Compiled | None":
+        if self._footprint is not None and not self._footprint.is_current():
+            self._losses.clear()
+        try:
+            kind = parts, kind_of(args, kwargs)
+        except TypeError as error:
+            self._fall_back(f"an argument is neither a tensor nor hashable ({error})")
+            return None
+        key = kind, settings_of(self.elbo, self._footprint)
+        if key not in self._losses:
+            if len(self._losses) >= _MOST_GRAPHS:
+                self._fall_back(f"{_MOST_GRAPHS} kinds of arguments have a graph already")
+                return None
+            compiled = self._compile(args, kwargs, parts)
+            # the first run has found the modules whose modes belong to the key
+            self._losses[kind, settings_of(self.elbo, self._footprint)] = compiled
+            return compiled
+        return self._losses[key]
+
+    def _compile(self, args: tuple, kwargs: dict, parts: bool) -> "_Compiled | None":
+        try:
+            recording = record(self.elbo, *self.programs, args, kwargs, parts=parts)
+        except NotRecordable as error:
+            self._fall_back(str(error))
+            return None
+        self._footprint = recording.footprint
+        states = recording.footprint.states
+        with torch.enable_grad(), untouched_random_state(args, kwargs), unchanged(states):
+            try:
+                compiled = _Compiled(recording, self.backend)
+                loss = compiled(args, kwargs)[0]
+                problem = recording.other_loss(loss) or recording.other_gradient(loss)
+            except Exception as error:  # a compiler fails in its own ways, or is not there
+                problem = reason_of(error)
+        if problem is None:
+            return compiled
+        self._fall_back(problem)
+        return None
+
+    def _fall_back(self, reason: str) -> None:
+        if self.fallback_reason is None:
+            self.fallback_reason = reason
+            warnings.warn(f"This pair is not compiled, but run in Python: {reason}.", stacklevel=6)
+
+
+class _Compiled:
+    """A recording, compiled, as a function of the pair's arguments."""
+
+    def __init__(self, recording: Recording, backend: Backend) -> None:
+        self.inputs, self.names = recording.inputs, recording.names
+        self.run = backend(recording.graph)
+
+    def __call__(self, args: tuple, kwargs: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, *parts = self.run(*self.inputs, *tensors_of((args, kwargs)))
+        return loss, dict(zip(self.names, parts, strict=True))
+
+
+def inductor(graph: fx.GraphModule) -> Callable[..., Any]:
+    """``torch.compile``, with the random numbers that Python would draw."""
+    options: dict[str, Any] = {"fallback_random": True}
+    return torch.compile(graph, fullgraph=True, dynamic=False, options=options)

@@ -1,0 +1,213 @@
+"""The recorded loss of a pair, and whether it agrees with Python."""
+
+import numbers
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.infer import ELBO
+from torch import Tensor, fx
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from pyro_lvm.pair import Program, untouched_random_state
+from pyro_lvm.training.objective import loss_and_parts
+from pyro_lvm.training.tracing import Footprint, footprint, trace
+
+__all__ = [
+    "NotRecordable",
+    "Recording",
+    "kind_of",
+    "reason_of",
+    "record",
+    "settings_of",
+    "tensors_of",
+    "unchanged",
+]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A loss as a function of tensors alone.
+
+    Attributes:
+        graph: From ``[*footprint.tensors, *constants, *tensors of the arguments]`` to the loss and
+            its parts.
+        footprint: The parameters and states of the pair.
+        constants: Tensors that the pair uses besides.
+        names: What the parts are called.
+        loss: The loss by Python, before anything was recorded.
+        gradient: Its gradient by ``footprint.parameters``; None where it does not depend on one.
+    """
+
+    graph: fx.GraphModule
+    footprint: Footprint
+    constants: list[Tensor]
+    names: tuple[str, ...]
+    loss: Tensor
+    gradient: tuple[Tensor | None, ...]
+
+    @property
+    def is_redrawn(self) -> bool:
+        """Whether a compiler draws other random numbers, of the same law, than Python.
+
+        Inductor can leave random numbers to torch, but takes apart the operations that compare them
+        with a probability.
+        """
+        drawn = ("bernoulli", "dropout")
+        targets = [str(node.target) for node in self.graph.graph.nodes]
+        return any(name in target for target in targets for name in drawn)
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """All inputs of the graph but the arguments."""
+        return [*self.footprint.tensors, *self.constants]
+
+    def other_loss(self, loss: Tensor) -> str | None:
+        """How a compiled loss under the same random numbers differs; None if it does not."""
+        if self.is_redrawn or _close(loss.detach(), self.loss):
+            return None
+        return f"the loss is {float(loss):.8g} where Python's is {float(self.loss):.8g}"
+
+    def other_gradient(self, loss: Tensor) -> str | None:
+        """How the gradient of a compiled loss differs; None if it does not."""
+        gradient = torch.autograd.grad(loss, self.footprint.parameters, allow_unused=True)
+        if self.is_redrawn:
+            return None
+        for mine, theirs in zip(gradient, self.gradient, strict=True):
+            mine, theirs = _or_zero(mine, theirs), _or_zero(theirs, mine)
+            if not _close(mine, theirs):
+                error = float((mine - theirs).abs().max())
+                return f"a gradient {tuple(mine.shape)} differs from Python's by {error:.3g}"
+        return None
+
+
+def record(
+    elbo: ELBO,
+    model: Program,
+    guide: Program | None,
+    args: tuple = (),
+    kwargs: dict | None = None,
+    *,
+    parts: bool = False,
+) -> Recording:
+    """Record the loss of a pair on some arguments.
+
+    The pair is run three times, and the recording is compared with the second run in value and
+    gradient. Buffers and random numbers are as they were afterwards.
+
+    Raises:
+        NotRecordable: With the reason, if the pair can't be recorded.
+        Exception: What the pair itself raises.
+    """
+    kwargs = kwargs or {}
+    names: list[str] = []
+
+    def outputs(args: tuple, kwargs: dict) -> list[Tensor]:
+        loss, by_name = loss_and_parts(elbo, model, guide, args, kwargs, parts=parts)
+        names[:] = list(by_name)
+        return [loss, *by_name.values()]
+
+    leaves, spec = tree_flatten((args, kwargs))
+    tensors = tensors_of(leaves)
+
+    def function(*given: Tensor) -> list[Tensor]:
+        rest = iter(given)
+        filled = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return outputs(*tree_unflatten(filled, spec))
+
+    divergence = getattr(elbo, "divergence", None)
+    with torch.enable_grad():
+        with untouched_random_state(args, kwargs):
+            # Pyro's objectives draw random numbers of their own in their first run
+            found = footprint(lambda: outputs(args, kwargs), model, guide, divergence)
+        with untouched_random_state(args, kwargs), unchanged(found.states):
+            loss = outputs(args, kwargs)[0]
+            if not loss.requires_grad:
+                raise NotRecordable("its loss has no gradient")
+            gradient = torch.autograd.grad(loss, found.parameters, allow_unused=True)
+        with untouched_random_state(args, kwargs), unchanged(found.states):
+            try:
+                graph, constants = trace(function, found.tensors, tensors)
+            except Exception as error:
+                raise NotRecordable(reason_of(error)) from error
+        recording = Recording(graph, found, constants, tuple(names), loss.detach(), gradient)
+        with untouched_random_state(args, kwargs), unchanged(found.states):
+            ours = graph(*recording.inputs, *tensors)[0]
+            reason = recording.other_loss(ours) or recording.other_gradient(ours)
+    if reason is not None:
+        raise NotRecordable(reason)
+    return recording
+
+
+class NotRecordable(Exception):  # noqa: N818 - a reason to go on in Python, not an error
+    """Why a program is not, or not only, a function of tensors."""
+
+
+@contextmanager
+def unchanged(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Put tensors back as they were, in place."""
+    values = [t.detach().clone() for t in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, values, strict=True):
+                tensor.copy_(value)
+
+
+def tensors_of(values: Any) -> list[Tensor]:
+    """The tensors in arguments, in order."""
+    return [leaf for leaf in tree_flatten(values)[0] if isinstance(leaf, Tensor)]
+
+
+def kind_of(args: tuple, kwargs: dict) -> Hashable:
+    """What decides about the graph of some arguments: their layout, and values of no tensor.
+
+    Raises:
+        TypeError: If an argument is neither a tensor nor hashable.
+    """
+    leaves, spec = tree_flatten((args, kwargs))
+    key = tuple(_kind(leaf) for leaf in leaves), spec
+    hash(key)
+    return key
+
+
+def settings_of(elbo: ELBO, found: Footprint | None) -> Hashable:
+    """What else decides: numbers that the objective has, and the mode of each module."""
+    values = vars(elbo).items()
+    plain = tuple((k, v) for k, v in values if isinstance(v, numbers.Number | str))
+    modes = () if found is None else tuple(m.training for m in found.modules)
+    return plain, modes
+
+
+def _kind(leaf: Any) -> Hashable:
+    if not isinstance(leaf, Tensor):
+        return type(leaf), leaf
+    return leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad
+
+
+def _close(value: Tensor, reference: Tensor) -> bool:
+    """Whether two results agree but for rounding, relative to the largest entry.
+
+    Sums in another order differ by some roundings for each of their terms, of which a loss over a
+    minibatch has up to millions; the square root of the precision leaves room for these and for
+    nothing else: 3e-4 in single precision, 1.5e-8 in double precision.
+    """
+    precision = torch.finfo(reference.dtype).eps ** 0.5
+    both_nan = value.isnan() & reference.isnan()
+    error = torch.where(both_nan, 0.0, value - reference).abs().amax()
+    return bool(error <= precision * (1e-3 + reference.nan_to_num().abs().amax()))
+
+
+def _or_zero(value: Tensor | None, other: Tensor | None) -> Tensor:
+    if value is not None:
+        return value
+    return torch.zeros(()) if other is None else torch.zeros_like(other)
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of what an error says."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".")

@@ -1,0 +1,301 @@
+"""The graph of whole training steps: made from a recorded loss, and run on the tensors in place."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch._inductor
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from pyro_lvm.pair import untouched_random_state
+from pyro_lvm.training.recording import Recording, unchanged
+from pyro_lvm.training.updates import Rule, rule_of
+
+__all__ = ["Clip", "StepBackend", "StepGraph", "inductor"]
+
+StepBackend = Callable[[fx.GraphModule, list[Tensor]], Callable[..., Sequence[Tensor]]]
+
+
+class Clip(NamedTuple):
+    """Bounds of a gradient: on its norm, then on each entry; None for no bound."""
+
+    norm: float | None = None
+    value: float | None = None
+
+    def __call__(self, gradient: list[Tensor]) -> list[Tensor]:
+        """The gradient within its bounds, as torch's ``clip_grad_norm_`` and ``_value_`` do it."""
+        if self.norm is not None:
+            total = torch.stack([g.square().sum() for g in gradient]).sum().sqrt()
+            factor = (self.norm / (total + 1e-6)).clamp(max=1.0)  # torch's constant
+            gradient = [g * factor for g in gradient]
+        if self.value is not None:
+            gradient = [g.clamp(-self.value, self.value) for g in gradient]
+        return gradient
+
+
+class _Tensors(NamedTuple):
+    """The inputs of the graph, in order; what it changes comes first.
+
+    Attributes:
+        parameters: Those that are trained.
+        slots: What the optimiser keeps for each of them.
+        counts: For each of them, its steps so far; one tensor for all that agree.
+        rates: The learning rate of each group.
+        rest: Other inputs of the loss: states, parameters that are not trained, constants.
+        rows: The rows of each step's minibatch, ``num_steps x B``; none if it is the data.
+        data: The tensors among the arguments.
+    """
+
+    parameters: list[Tensor]
+    slots: list[dict[str, Tensor]]
+    counts: list[Tensor]
+    rates: list[Tensor]
+    rest: list[Tensor]
+    rows: list[Tensor]
+    data: list[Tensor]
+
+
+class StepGraph:
+    """As many steps as asked for, as one function that changes the tensors of pair and optimiser.
+
+    Args:
+        recording: The loss.
+        optimizer: The optimiser, whose state is made here where it is not there yet.
+        index: Rows of the data, ``num_steps x B``; None if a step sees the data as they are.
+        data: The tensors among the arguments.
+        num_steps: How many steps.
+        divisor: What the loss is divided by before its gradient is taken.
+        clip: Bounds of the gradient.
+        backend: From a graph and its inputs to a function that runs it.
+
+    Raises:
+        ValueError: If the optimiser's update is none that is known here, if nothing is trained, or
+            if the compiled loss is not the recorded one.
+    """
+
+    def __init__(
+        self,
+        recording: Recording,
+        optimizer: Optimizer,
+        *,
+        index: Tensor | None,
+        data: list[Tensor],
+        num_steps: int,
+        divisor: float,
+        clip: Clip,
+        backend: StepBackend,
+    ) -> None:
+        self.recording, self.optimizer, self.num_steps = recording, optimizer, num_steps
+        self.rules = [rule_of(optimizer, group) for group in optimizer.param_groups]
+        self._state = optimizer.state
+        group_of = {id(p): i for i, g in enumerate(optimizer.param_groups) for p in g["params"]}
+        self.is_trained = [
+            id(p) in group_of and gradient is not None
+            for p, gradient in zip(recording.footprint.parameters, recording.gradient, strict=True)
+        ] + [False] * (len(recording.inputs) - len(recording.gradient))
+        self.trained = [p for p, yes in zip(recording.inputs, self.is_trained, strict=True) if yes]
+        if not self.trained:
+            raise ValueError("Expected an optimiser of parameters that the loss depends on")
+        self.groups = [group_of[id(p)] for p in self.trained]
+        self.tensors = self._gather(index, data)
+        self._rates_seen: list[Any] = [None] * len(self.rules)
+        self._follow_rates()
+        steps = _steps_function(
+            recording,
+            self.is_trained,
+            self.groups,
+            self.rules,
+            self.cohorts,
+            num_steps=num_steps,
+            divisor=divisor,
+            clip=clip,
+        )
+        self._compile(steps, backend)
+
+    def __call__(self, index: Tensor | None, data: list[Tensor]) -> Tensor:
+        """Take the steps; returns each one's loss and parts, ``num_steps x (1 + parts)``."""
+        self._follow_rates()
+        given = data if index is None else [index, *data]
+        with torch.no_grad():
+            (table,) = self.run(*self.fixed, *given)
+        self._count()
+        return table
+
+    def is_current(self) -> bool:
+        """Whether pair and optimiser still hold the tensors that this graph changes."""
+        return self.recording.footprint.is_current() and self.optimizer.state is self._state
+
+    def _gather(self, index: Tensor | None, data: list[Tensor]) -> _Tensors:
+        slots = [
+            _slots(self.optimizer, p, self.rules[group])
+            for p, group in zip(self.trained, self.groups, strict=True)
+        ]
+        device = self.trained[0].device
+        steps = [float(self.optimizer.state[p].get("step", 0)) for p in self.trained]
+        distinct = sorted(set(steps))
+        self.cohorts = [distinct.index(step) for step in steps]
+        return _Tensors(
+            parameters=self.trained,
+            slots=slots,
+            counts=[torch.tensor(step, dtype=torch.float64, device=device) for step in distinct],
+            rates=[torch.zeros((), dtype=torch.float64, device=device) for _ in self.rules],
+            rest=[
+                t for t, yes in zip(self.recording.inputs, self.is_trained, strict=True) if not yes
+            ],
+            rows=[] if index is None else [index],
+            data=data,
+        )
+
+    def _compile(self, steps: Callable[[_Tensors], Tensor], backend: StepBackend) -> None:
+        inputs, spec = tree_flatten(self.tensors)
+        num_given = len(self.tensors.data) + len(self.tensors.rows)
+        self.fixed = inputs[: len(inputs) - num_given]
+        changed = [
+            *inputs[: len(inputs) - num_given - len(self.tensors.rest)],
+            *self.recording.footprint.states,
+        ]
+        with torch.no_grad(), untouched_random_state(tuple(inputs)), unchanged(changed):
+            graph = make_fx(
+                lambda *flat: [steps(tree_unflatten(list(flat), spec))], tracing_mode="fake"
+            )(*inputs)
+            self.run = backend(graph, inputs)
+            self._check(inputs)
+            if self.trained[0].is_cuda:
+                self.run = _CudaGraph(self.run, inputs, num_given)
+
+    def _check(self, inputs: list[Tensor]) -> None:
+        with untouched_random_state(tuple(inputs)):
+            (table,) = self.run(*inputs)
+        reason = self.recording.other_loss(table[0, 0])
+        if reason is not None:
+            raise ValueError(reason)
+
+    def _follow_rates(self) -> None:
+        """Copy learning rates that have changed to where the graph reads them."""
+        for i, (rate, group) in enumerate(
+            zip(self.tensors.rates, self.optimizer.param_groups, strict=True)
+        ):
+            if isinstance(group["lr"], Tensor):
+                rate.copy_(group["lr"])
+            elif group["lr"] != self._rates_seen[i]:
+                rate.fill_(group["lr"])
+                self._rates_seen[i] = group["lr"]
+
+    def _count(self) -> None:
+        """Say in the optimiser's own state, and in its groups, how many steps were taken."""
+        steps = []
+        for p in self.trained:
+            state = self.optimizer.state[p]
+            if isinstance(state.get("step"), Tensor):
+                steps.append(state["step"])
+            elif "step" in state:
+                state["step"] += self.num_steps
+        if steps:
+            torch._foreach_add_(steps, self.num_steps)
+        for i, (rule, group) in enumerate(
+            zip(self.rules, self.optimizer.param_groups, strict=True)
+        ):
+            if rule.decay != 1:
+                for _ in range(self.num_steps):
+                    group["lr"] *= rule.decay
+                self._rates_seen[i] = group["lr"]
+
+
+def inductor(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Sequence[Tensor]]:
+    """Inductor, with the random numbers that Python would draw."""
+    return torch._inductor.compile(graph, [*inputs], options={"fallback_random": True})
+
+
+def _steps_function(
+    recording: Recording,
+    is_trained: list[bool],
+    groups: list[int],
+    rules: list[Rule],
+    cohorts: list[int],
+    *,
+    num_steps: int,
+    divisor: float,
+    clip: Clip,
+) -> Callable[[_Tensors], Tensor]:
+    """The steps as a function of tensors, which it changes in place."""
+
+    def one_step(now: _Tensors, batch: list[Tensor]) -> tuple[_Tensors, Tensor]:
+        leaves = [p.detach().requires_grad_() for p in now.parameters]
+        trained, rest = iter(leaves), iter(now.rest)
+        with torch.enable_grad():
+            inputs = [next(trained) if yes else next(rest) for yes in is_trained]
+            outputs = recording.graph(*inputs, *batch)
+            gradient = torch.autograd.grad(outputs[0] / divisor, leaves)
+        counts = [count + 1 for count in now.counts]
+        rates = [rate * rule.decay for rate, rule in zip(now.rates, rules, strict=True)]
+        parameters, slots = [], []
+        for p, g, slot, group, cohort in zip(
+            now.parameters, clip(list(gradient)), now.slots, groups, cohorts, strict=True
+        ):
+            new, state = rules[group].update(p.detach(), g, slot, counts[cohort], rates[group])
+            parameters.append(new.to(p.dtype))  # rates and counts are in double precision
+            slots.append({name: value.to(p.dtype) for name, value in state.items()})
+        row = torch.stack([o.detach().to(outputs[0].dtype) for o in outputs])
+        return now._replace(parameters=parameters, slots=slots, counts=counts, rates=rates), row
+
+    def steps(start: _Tensors) -> Tensor:
+        now, rows = start, []
+        for i in range(num_steps):
+            batch = [d[start.rows[0][i]] for d in start.data] if start.rows else start.data
+            now, row = one_step(now, batch)
+            rows.append(row)
+        for old, new in zip(tree_flatten(start[:4])[0], tree_flatten(now[:4])[0], strict=True):
+            old.copy_(new)
+        return torch.stack(rows)
+
+    return steps
+
+
+def _slots(optimizer: Optimizer, p: Tensor, rule: Rule) -> dict[str, Tensor]:
+    """What an optimiser keeps for a parameter, made as it would make it where it is missing."""
+    state = optimizer.state[p]
+    if rule.first_count is not None and "step" not in state:
+        state["step"] = rule.first_count(p)
+    for name in rule.state_names:
+        if state.get(name) is None:
+            state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+    return {name: state[name] for name in rule.state_names}
+
+
+class _CudaGraph:
+    """A function as a CUDA graph, without Python between its kernels.
+
+    What is given to it is copied to where the graph reads it. Large data that steps pick rows from
+    are given again and again: they are read where they are, and another tensor has another graph.
+    """
+
+    def __init__(
+        self, run: Callable[..., Sequence[Tensor]], inputs: list[Tensor], num_given: int
+    ) -> None:
+        self.function, self.num_given = run, num_given
+        self._capture(inputs)
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        """Run on these inputs."""
+        for mine, given in zip(
+            self.inputs[-self.num_given :], inputs[-self.num_given :], strict=True
+        ):
+            mine.copy_(given)
+        self.graph.replay()
+        return [output.clone() for output in self.outputs]
+
+    def _capture(self, inputs: list[Tensor]) -> None:
+        fixed = len(inputs) - self.num_given
+        self.inputs = [*inputs[:fixed], *(t.clone() for t in inputs[fixed:])]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # libraries set themselves up in their first calls
+                self.function(*self.inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outputs = self.function(*self.inputs)

@@ -1,0 +1,206 @@
+"""From a Pyro program to the tensor operations that it comes down to.
+
+A pair's loss is Python: handlers, traces, distributions. What it does with tensors is the same at
+every step, so that one run shows it. ``make_fx`` records that run operation by operation, and the
+recording is a function of its own, free of Python, that a compiler can work on.
+"""
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.util import torch_item
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from pyro_lvm.pair import modules_of
+
+__all__ = ["Footprint", "Graph", "footprint", "trace"]
+
+
+class Footprint(NamedTuple):
+    """The tensors that live on between the runs of a program, and the modules that it used.
+
+    Attributes:
+        parameters: Leaf tensors that require a gradient.
+        states: Buffers, and parameters that are frozen.
+        modules: All modules, theirs included.
+        homes: For each of these tensors where it can be looked up: a function that returns it.
+    """
+
+    parameters: list[Tensor]
+    states: list[Tensor]
+    modules: list[nn.Module]
+    homes: list[Callable[[], Tensor | None]]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Parameters and states."""
+        return [*self.parameters, *self.states]
+
+    def is_current(self) -> bool:
+        """Whether the program would still find the same tensors."""
+        return all(home() is tensor for home, tensor in zip(self.homes, self.tensors, strict=True))
+
+
+class Graph(NamedTuple):
+    """A recorded function, ``module(*tensors, *constants, *arguments) -> list of tensors``."""
+
+    module: fx.GraphModule
+    constants: list[Tensor]
+
+
+def footprint(run: Callable[[], Any], *programs: Any) -> Footprint:
+    """Run a function, and find the tensors that live on behind it; buffers stay as they were.
+
+    Modules are those that ``programs`` belong to and those that the run calls, closed over or not;
+    parameters are theirs and what the run declares in Pyro's param store.
+
+    Args:
+        run: A function of no arguments.
+        programs: Modules, or bound methods of some.
+
+    Returns:
+        The tensors and modules.
+    """
+    modules: dict[int, nn.Module] = {}
+    buffers: list[tuple[Tensor, Tensor]] = []
+
+    def meet(module: nn.Module, _: Any = None) -> None:
+        for m in module.modules():
+            if id(m) not in modules:
+                modules[id(m)] = m
+                buffers.extend((b, b.clone()) for b in m.buffers(recurse=False))
+
+    for owner in modules_of(*programs):
+        meet(owner)
+    handle = register_module_forward_pre_hook(meet)
+    try:
+        with poutine.trace(param_only=True) as capture:
+            run()
+    finally:
+        handle.remove()
+        for buffer, value in buffers:
+            buffer.copy_(value)
+    return _footprint(list(modules.values()), list(capture.trace.nodes))
+
+
+def trace(function: Callable[..., Any], tensors: Sequence[Tensor], arguments: Any) -> Graph:
+    """Record a function of ``arguments`` that also meets ``tensors`` on its way.
+
+    Other tensors that it meets are constants of the graph. In-place changes of tensors are made
+    while it is recorded, and are in the graph.
+
+    Args:
+        function: From ``arguments`` to a flat list of tensors.
+        tensors: Tensors that are to be inputs wherever the function finds them.
+        arguments: Its arguments, tensors.
+
+    Returns:
+        The graph.
+
+    Raises:
+        Exception: If the function can't be recorded, most of all because its Python depends on the
+            value of a tensor.
+    """
+    with _recording():
+        module = make_fx(lambda _, given: function(*given))(list(tensors), tuple(arguments))
+    graph = module.graph
+    for node in graph.find_nodes(op="get_attr"):
+        if not node.users:
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    return _flat(module, len(tensors))
+
+
+def _footprint(modules: list[nn.Module], names: list[str]) -> Footprint:
+    store = pyro.get_param_store()
+    homes: dict[int, tuple[Tensor, Callable[[], Tensor | None]]] = {}
+    for name in names:
+        tensor = store._params.get(name)
+        if tensor is not None:
+            homes[id(tensor)] = tensor, _in_store(name)
+    for module in modules:
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    homes.setdefault(id(tensor), (tensor, _in_table(table, name)))
+    # parameters first; the sort is stable
+    found = sorted(homes.values(), key=lambda entry: not entry[0].requires_grad)
+    tensors = [tensor for tensor, _ in found]
+    count = sum(t.requires_grad for t in tensors)
+    return Footprint(tensors[:count], tensors[count:], modules, [home for _, home in found])
+
+
+def _in_store(name: str) -> Callable[[], Tensor | None]:
+    store = pyro.get_param_store()
+    return lambda: store._params.get(name)
+
+
+def _in_table(table: dict[str, Any], name: str) -> Callable[[], Tensor | None]:
+    return lambda: table.get(name)
+
+
+def _flat(module: fx.GraphModule, num_tensors: int) -> Graph:
+    """The same graph with its constants as inputs, behind ``num_tensors`` others."""
+    graph, constants = fx.Graph(), []
+    copies: dict[fx.Node, Any] = {}
+    places = module.graph.find_nodes(op="placeholder")
+    for i, node in enumerate(places):
+        if i == num_tensors:
+            constants = _lift(module, graph, copies)
+        copies[node] = graph.placeholder(f"input_{i}")
+    if len(places) == num_tensors:
+        constants = _lift(module, graph, copies)
+    for node in module.graph.nodes:
+        if node not in copies and node.op != "output":
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    (outputs,) = module.graph.find_nodes(op="output")
+    graph.output(fx.node.map_arg(tuple(outputs.args[0]), copies.__getitem__))
+    return Graph(fx.GraphModule(nn.Module(), graph), constants)
+
+
+def _lift(module: fx.GraphModule, graph: fx.Graph, copies: dict[fx.Node, Any]) -> list[Tensor]:
+    lifted: list[Tensor] = []
+    for node in module.graph.find_nodes(op="get_attr"):
+        copies[node] = graph.placeholder(f"constant_{len(lifted)}")
+        lifted.append(getattr(module, str(node.target)))
+    return lifted
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    """What a recording needs of Pyro and torch, and only while it is made.
+
+    Pyro looks at the tracing state before it branches on the value of a tensor. ``torch_item``
+    would make a constant of a value; validation and warnings about NaN would look at values.
+    """
+    from torch.distributions import Distribution
+
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        # shapes are constants of a graph, on purpose: another shape has another one
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        patched: list[tuple[Any, str, Any]] = [(torch._C, "_get_tracing_state", lambda: True)]
+        patched += [
+            (m, "torch_item", _detached)
+            for m in list(sys.modules.values())
+            if m is not None and getattr(m, "__dict__", {}).get("torch_item") is torch_item
+        ]
+        patched += [(pyro.util, name, lambda _: False) for name in ("torch_isnan", "torch_isinf")]
+        patched += [(Distribution, "_validate_sample", lambda *_: None)]
+        for owner, name, value in patched:
+            stack.enter_context(mock.patch.object(owner, name, value))
+        stack.enter_context(pyro.validation_enabled(False))
+        yield
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value

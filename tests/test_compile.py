@@ -1,0 +1,305 @@
+"""Compiled losses and steps agree with Python, and say so where they can't."""
+
+import shutil
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from problems import PROBLEMS
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.optim.clipped_adam import ClippedAdam
+from torch import nn
+
+import pyro_lvm as lvm
+from pyro_lvm.training import CompiledStep
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+
+
+def as_recorded(graph, inputs=None):
+    """A backend that runs what was recorded as it is."""
+    return graph
+
+
+def no_backend(graph, inputs=None):
+    raise RuntimeError("no compiler here")
+
+
+OBJECTIVES = {
+    "elbo": lvm.TraceInfo_ELBO,
+    "two particles": lambda: lvm.TraceInfo_ELBO(num_particles=2, vectorize_particles=True),
+    "Trace_ELBO": Trace_ELBO,
+    "TraceMeanField_ELBO": TraceMeanField_ELBO,
+    "TraceEnum_ELBO": TraceEnum_ELBO,
+    "TraceGraph_ELBO": TraceGraph_ELBO,
+}
+OPTIMIZERS = {
+    "Adam": lambda p: torch.optim.Adam(p, lr=1e-2, weight_decay=0.1),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
+    "SGD": lambda p: torch.optim.SGD(p, lr=1e-3),
+    "SGD with momentum": lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9),
+    "SGD, Nesterov": lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9, nesterov=True),
+    "ClippedAdam": lambda p: ClippedAdam(p, lr=1e-2, lrd=0.99, clip_norm=3.0),
+}
+
+
+def value_and_gradient(loss, parameters):
+    return loss.detach(), torch.autograd.grad(loss, parameters, allow_unused=True)
+
+
+def applies(problem, objective):
+    if objective == "TraceEnum_ELBO" or objective in ("elbo", "two particles"):
+        return True
+    return not problem.enumerated and (
+        problem.reparameterised or objective != "TraceMeanField_ELBO"
+    )
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_compiled_loss_is_that_of_python(float64, name, objective):
+    problem = PROBLEMS[name]()
+    if not applies(problem, objective):
+        pytest.skip("this objective does not apply")
+    elbo = OBJECTIVES[objective]()
+    module = lvm.compile(elbo, problem.model, problem.guide, backend=as_recorded)
+    module.initialize(*problem.args)
+    assert module.fallback_reason is None
+    parameters = list(module.parameters())
+    assert parameters
+    python = lvm.compile(elbo, problem.model, problem.guide, backend=no_backend)
+    with pytest.warns(UserWarning, match="no compiler here"):
+        python.initialize(*problem.args)
+    for seed in (1, 2):
+        results = []
+        for loss in (module, python):
+            pyro.set_rng_seed(seed)
+            results.append(value_and_gradient(loss(*problem.args), parameters))
+        torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
+
+
+def test_parts_are_reported_by_the_same_names(float64):
+    problem = PROBLEMS["normal_normal"]()
+    elbo = lvm.TraceInfo_ELBO()
+    module = lvm.compile(elbo, problem.model, problem.guide, backend=as_recorded)
+    module.initialize(*problem.args)
+    pyro.set_rng_seed(1)
+    ours = module.loss_and_parts(*problem.args)
+    pyro.set_rng_seed(1)
+    theirs = elbo.loss_and_parts(problem.model, problem.guide, *problem.args)
+    torch.testing.assert_close(ours, theirs)
+
+
+def vae(device="cpu", **settings):
+    torch.manual_seed(3)
+    encoder = lvm.nn.MLP(12, [16], head=lvm.nn.NormalHead(2))
+    decoder = lvm.nn.MLP(2, [16], head=lvm.nn.NormalHead(12))
+    return lvm.VAE(encoder, decoder, **settings).to(device)
+
+
+@needs_compiler
+def test_inductor_equals_python_over_100_steps(device):
+    x = torch.randn(32, 12, device=device)
+    results = []
+    for backend in (None, no_backend):
+        pair = vae(device)
+        elbo = lvm.TraceInfo_ELBO(alpha=0.5, lambda_=5.0, divergence=lvm.MMD())
+        step = CompiledStep(elbo, pair.model, pair.guide, num_steps=2, divisor=32, backend=backend)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pyro.set_rng_seed(5)
+            losses = torch.cat([step(x) for _ in range(50)])
+        assert (step.fallback_reason is None) == (backend is None)
+        results.append([losses, *(p.detach() for p in pair.parameters())])
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_steps", [1, 5])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_steps_are_those_of_the_optimiser(float64, optimizer, num_steps):
+    tables, parameters, states = [], [], []
+    for backend in (as_recorded, no_backend):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        problem = PROBLEMS["modules"]()
+        step = CompiledStep(
+            lvm.TraceInfo_ELBO(),
+            problem.model,
+            problem.guide,
+            OPTIMIZERS[optimizer],
+            num_steps=num_steps,
+            clip_norm=20.0,
+            clip_value=3.0,
+            parts=True,
+            backend=backend,
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            table = torch.cat([step.table(*problem.args) for _ in range(20 // num_steps)])
+        tables.append(table)
+        groups = step.optimizer.param_groups
+        parameters.append([p.detach() for g in groups for p in g["params"]])
+        states.append((step.optimizer.state_dict()["state"], groups[0]["lr"]))
+    torch.testing.assert_close(*tables)
+    torch.testing.assert_close(*parameters)
+    torch.testing.assert_close(*states)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_steps_of_every_kind_of_pair(float64, name):
+    results = []
+    for backend in (as_recorded, no_backend):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        problem = PROBLEMS[name]()
+        step = CompiledStep(
+            lvm.TraceInfo_ELBO(), problem.model, problem.guide, num_steps=3, backend=backend
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            losses = step(*problem.args)
+        parameters = [p.detach() for g in step.optimizer.param_groups for p in g["params"]]
+        results.append([losses, *parameters])
+    torch.testing.assert_close(*results)
+
+
+def test_learning_rates_and_loaded_states_take_effect_without_another_graph(float64):
+    made = []
+
+    def counting(graph, inputs):
+        made.append(graph)
+        return graph
+
+    problem = PROBLEMS["normal_normal"]()
+    step = CompiledStep(
+        lvm.TraceInfo_ELBO(),
+        problem.model,
+        problem.guide,
+        lambda p: torch.optim.SGD(p, lr=1e-3),
+        backend=counting,
+    )
+    step(*problem.args)
+    before = [p.detach().clone() for p in step.optimizer.param_groups[0]["params"]]
+    step.optimizer.param_groups[0]["lr"] = 0.0
+    step(*problem.args)
+    after = [p.detach() for p in step.optimizer.param_groups[0]["params"]]
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    assert len(made) == 1
+
+
+def test_minibatches_are_drawn_without_replacement(float64):
+    seen = []
+
+    def model(x):
+        shift = pyro.param("shift", torch.tensor(0.0))
+        with pyro.plate("data", len(x)):
+            seen.append(len(x))
+            pyro.sample("x", dist.Normal(shift, 1.0), obs=x)
+
+    x = torch.arange(6.0)
+    step = CompiledStep(
+        lvm.TraceInfo_ELBO(),
+        model,
+        None,
+        lambda p: torch.optim.SGD(p, lr=1e-30),
+        num_steps=3,
+        batch_size=2,
+        backend=as_recorded,
+    )
+    losses = step(x)
+    assert set(seen) == {2}
+    # three minibatches of an epoch hold each datum once, each scaled from 2 to 6 data
+    whole = -dist.Normal(torch.tensor(0.0), 1.0).log_prob(x).sum()
+    torch.testing.assert_close(losses.mean(), whole)
+
+
+def test_data_dependent_python_falls_back_with_its_reason():
+    def model(x):
+        shift = pyro.param("shift", torch.tensor(0.5))
+        if float(shift) > 0:
+            shift = 2 * shift
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(shift, 1.0), obs=x)
+
+    x = torch.randn(4)
+    module = lvm.compile(lvm.TraceInfo_ELBO(), model, None, backend=as_recorded)
+    with pytest.warns(UserWarning, match="value out of a tracing tensor"):
+        loss = module(x)
+    exact = -dist.Normal(torch.tensor(1.0), 1.0).log_prob(x).sum()
+    torch.testing.assert_close(loss.detach(), exact)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the reason is said once
+        module(x)
+
+
+def test_a_tensor_in_place_of_another_is_seen(float64):
+    problem = PROBLEMS["normal_normal"]()
+    module = lvm.compile(lvm.TraceInfo_ELBO(), problem.model, problem.guide, backend=as_recorded)
+    pyro.set_rng_seed(1)
+    first = module(*problem.args)
+    pyro.clear_param_store()
+    pyro.param("shift", torch.tensor(5.0))
+    pyro.set_rng_seed(1)
+    assert abs(float(module(*problem.args) - first)) > 1
+
+
+def test_batch_norm_and_modes():
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.linear = nn.BatchNorm1d(3), nn.Linear(3, 1)
+
+        def forward(self, x):
+            return self.linear(self.norm(x))
+
+    torch.manual_seed(0)
+    encoder = Encoder()
+
+    def model(x):
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(encoder(x), 1.0).to_event(1), obs=x[:, :1])
+
+    x = 3 + 2 * torch.randn(16, 3)
+    module = lvm.compile(lvm.TraceInfo_ELBO(), model, None, backend=as_recorded)
+    module.initialize(x)
+    assert module.fallback_reason is None
+    assert int(encoder.norm.num_batches_tracked) == 0  # a check changes no statistics
+    training = module(x)
+    assert int(encoder.norm.num_batches_tracked) == 1
+    torch.testing.assert_close(encoder.norm.running_mean, 0.1 * x.mean(0))
+    encoder.eval()
+    assert not torch.isclose(module(x), training)
+    assert int(encoder.norm.num_batches_tracked) == 1
+
+
+def test_the_objective_s_numbers_are_looked_at_in_every_call(float64):
+    problem = PROBLEMS["modules"]()
+    elbo = lvm.TraceInfo_ELBO(host=TraceMeanField_ELBO)
+    module = lvm.compile(elbo, problem.model, problem.guide, backend=as_recorded)
+    losses = []
+    for alpha in (0.0, -1.0):
+        elbo.alpha, elbo.lambda_ = alpha, 1.0 - alpha
+        pyro.set_rng_seed(1)
+        losses.append(module(*problem.args).detach())
+        pyro.set_rng_seed(1)
+        expected = elbo.differentiable_loss(problem.model, problem.guide, *problem.args).detach()
+        torch.testing.assert_close(losses[-1], expected)
+    assert losses[1] > losses[0]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda: lvm.compile(None, None, None), TypeError, "instance of a pyro.infer.ELBO"),
+        (lambda: CompiledStep(object(), None, None), TypeError, "instance of a pyro.infer.ELBO"),
+        (lambda: CompiledStep(Trace_ELBO(), None, None, num_steps=0), ValueError, "num_steps"),
+        (lambda: CompiledStep(Trace_ELBO(), None, None, clip_norm=0.0), ValueError, "clip_norm"),
+        (lambda: CompiledStep(Trace_ELBO(), None, None, batch_size=0), ValueError, "batch_size"),
+    ],
+)
+def test_bad_settings_are_refused(call, error, match):
+    with pytest.raises(error, match=match):
+        call()
