@@ -5,36 +5,43 @@ log p(x) with an error bar, and compare posteriors in ArviZ.
 """
 
 from pyro_lvm import datasets, distributions, divergences, infer, marginal, models, nn, plots
+from pyro_lvm.configured import Configured
 from pyro_lvm.divergences import MMD
 from pyro_lvm.infer import TraceInfo_ELBO
 from pyro_lvm.inference_data import compare, to_arviz
 from pyro_lvm.marginal import LogMarginal
 from pyro_lvm.models import VAE, GaussianMixture
 from pyro_lvm.pair import plate_size
+from pyro_lvm.storage import load, save
 from pyro_lvm.terms import Terms, compute_terms
-from pyro_lvm.training import Fit, fit
+from pyro_lvm.training import CompiledStep, Fit, compile, fit
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     "MMD",
     "VAE",
+    "CompiledStep",
+    "Configured",
     "Fit",
     "GaussianMixture",
     "LogMarginal",
     "Terms",
     "TraceInfo_ELBO",
     "compare",
+    "compile",
     "compute_terms",
     "datasets",
     "distributions",
     "divergences",
     "fit",
     "infer",
+    "load",
     "marginal",
     "models",
     "nn",
     "plate_size",
     "plots",
+    "save",
     "to_arviz",
 ]

@@ -72,7 +72,9 @@ class VAE(Model):
         """The amortised posterior of z given x ``N x event``."""
         self._check(x)
         with pyro.plate(self.plate, len(x)):
-            return pyro.sample("z", self.encoder(x))
+            q = self.encoder(x)
+            self._latent_shape = q.event_shape  # for the default prior
+            return pyro.sample("z", q)
 
     def encode(self, x: Tensor) -> Any:
         """q(z | x), a Distribution with batch shape ``N``."""
@@ -138,7 +140,7 @@ class VAE(Model):
     def _prior_given(self, x: Tensor) -> Any:
         if self.prior is None and self._latent_shape is None:
             with torch.no_grad():
-                self._latent_shape = self.encoder(x[:1]).event_shape
+                self._latent_shape = self.encoder(x).event_shape
         return self.prior_distribution()
 
     def _check(self, x: Tensor) -> None:

@@ -10,13 +10,14 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from pyro_lvm.checks import check_positive
+from pyro_lvm.configured import Configured
 from pyro_lvm.distributions import ContinuousBernoulli
 from pyro_lvm.nn.shapes import as_sizes, check_input, raw_shape
 
 __all__ = ["BernoulliHead", "CategoricalHead", "ContinuousBernoulliHead", "NormalHead"]
 
 
-class _Head(nn.Module):
+class _Head(Configured, nn.Module):
     """What the heads share: sizes, the check of the input, and the event dimensions."""
 
     def __init__(self, event_shape: int | Sequence[int], params_per_value: int) -> None:

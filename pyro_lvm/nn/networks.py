@@ -8,12 +8,13 @@ from typing import Any, cast
 import pyro.distributions as dist
 from torch import Tensor, nn
 
+from pyro_lvm.configured import Configured
 from pyro_lvm.nn.shapes import as_image_shape, as_sizes, check_input, raw_shape
 
 __all__ = ["MLP", "ConvDecoder", "ConvEncoder"]
 
 
-class MLP(nn.Module):
+class MLP(Configured, nn.Module):
     """A fully connected network that returns a distribution.
 
     Linear layers with an activation after each but the last, on the flattened input.
@@ -66,7 +67,7 @@ class MLP(nn.Module):
         return self.head(raw.unflatten(-1, self.raw_shape))
 
 
-class ConvEncoder(nn.Module):
+class ConvEncoder(Configured, nn.Module):
     """Images to a distribution: strided convolutions, then one linear layer.
 
     Every convolution (3 x 3, stride 2, padding 1) turns H x W into ceil(H / 2) x ceil(W / 2), so
@@ -122,7 +123,7 @@ class ConvEncoder(nn.Module):
         return self.head(raw.reshape(x.shape[:-3] + self.raw_shape))
 
 
-class ConvDecoder(nn.Module):
+class ConvDecoder(Configured, nn.Module):
     """Vectors to a distribution over images: one linear layer, then upsampling convolutions.
 
     The mirror of :class:`ConvEncoder`: the sizes are those of its halvings, backwards, so any H and
@@ -209,6 +210,6 @@ def _activate(activation: Callable[[], nn.Module]) -> nn.Module:
     if not isinstance(layer, nn.Module):
         raise TypeError(
             f"Expected activation to make an nn.Module when called; got {activation!r}. "
-            f"Try nn.ReLU, or lambda: nn.LeakyReLU(0.2)."
+            f"Try nn.ReLU, or functools.partial(nn.LeakyReLU, 0.2)."
         )
     return layer
