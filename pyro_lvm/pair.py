@@ -25,6 +25,7 @@ __all__ = [
     "PairStructure",
     "Program",
     "data_plate",
+    "declared_by",
     "device_of",
     "hold_subsamples",
     "inspect_pair",
@@ -175,6 +176,20 @@ def parameters_of(
     Returns:
         The parameters that require a gradient, in a fixed order.
     """
+    declared = declared_by(model, guide, args, kwargs).values()
+    owned = [p for module in modules_of(model, guide) for p in module.parameters()]
+    unique = {id(p): p for p in [*owned, *declared] if p.requires_grad}
+    return list(unique.values())
+
+
+def declared_by(
+    model: Program, guide: Program | None, args: tuple = (), kwargs: dict | None = None
+) -> dict[str, Tensor]:
+    """What a run of the pair declares: name -> unconstrained leaf tensor, the guide's first.
+
+    These are parameters from ``pyro.param`` and ``pyro.module``, and those of a ``PyroModule`` that
+    the run has read. The arguments are those of `parameters_of`.
+    """
     guide = no_guide if guide is None else guide
     kwargs = kwargs or {}
     with (
@@ -186,10 +201,7 @@ def parameters_of(
     ):
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         poutine.replay(model, trace=guide_trace)(*args, **kwargs)
-    declared = [_unconstrained(site["value"]) for site in capture.trace.nodes.values()]
-    owned = [p for module in modules_of(model, guide) for p in module.parameters()]
-    unique = {id(p): p for p in [*owned, *declared] if p.requires_grad}
-    return list(unique.values())
+    return {name: _unconstrained(site["value"]) for name, site in capture.trace.nodes.items()}
 
 
 def plate_size(program: Program, size: int, *, plate: str = "data") -> Program:

@@ -1,7 +1,9 @@
 """Minibatches of tensors that lie in memory, sliced where they are."""
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +11,8 @@ from torch import Tensor
 from pyro_lvm.checks import check_count, check_data
 
 __all__ = ["Batches"]
+
+_IN_DIGEST = 1024  # data whose values tell one set of data from another
 
 
 class Batches:
@@ -52,10 +56,13 @@ class Batches:
                 f"Expected tensors in {name} with the same number of data; got {lengths}. Their "
                 f"first dimension is the data."
             )
-        self.name = name
+        self.name, self.batch_size = name, batch_size
         self.num_data = lengths[0]
         self.shuffle = shuffle
         self.num_batches = math.ceil(self.num_data / batch_size)
+        self._order: Tensor | None = None
+        self._next, self._goes_on = 0, False
+        self._drawn_from: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batches":
         """Move the data; the batches are then made on that device."""
@@ -76,15 +83,60 @@ class Batches:
     def __len__(self) -> int:
         return self.num_batches
 
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        if not self._goes_on:
+            self._next = 0
+            self._draw()
+        self._goes_on = False
+        for index in range(self._next, self.num_batches):
+            self._next = index + 1
+            yield self.batch(index)
+
     def in_order(self) -> Iterator[tuple[Tensor, ...]]:
         """The batches of the data as they are ordered."""
-        parts = [torch.tensor_split(t, self.num_batches) for t in self.tensors]
-        yield from zip(*parts, strict=True)
+        for index in range(self.num_batches):
+            yield tuple(t[self._part(index)] for t in self.tensors)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        if not self.shuffle:
-            yield from self.in_order()
-            return
-        order = torch.randperm(self.num_data).to(self.tensors[0].device)
-        for index in torch.tensor_split(order, self.num_batches):
-            yield tuple(t[index] for t in self.tensors)
+    def rows(self, index: int) -> Tensor:
+        """The numbers of the data in a batch of the present epoch."""
+        part = self._part(index)
+        return torch.arange(part.start, part.stop) if self._order is None else self._order[part]
+
+    def batch(self, index: int) -> tuple[Tensor, ...]:
+        """A batch of the present epoch."""
+        part = self._part(index)
+        return tuple(t[part if self._order is None else self._order[part]] for t in self.tensors)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the present epoch is, and the random state from which its order was drawn."""
+        return {"next": self._next, "drawn_from": self._drawn_from}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next iteration go on from there."""
+        with torch.random.fork_rng(devices=[]):
+            if state["drawn_from"] is not None:
+                torch.set_rng_state(state["drawn_from"])
+            self._draw()
+        self._next, self._goes_on = state["next"], True
+
+    def digest(self) -> str:
+        """A short name of the data: their kinds, and the values of some thousand of them."""
+        digest = hashlib.sha256()
+        some = torch.linspace(0, self.num_data - 1, min(self.num_data, _IN_DIGEST)).long()
+        for t in self.tensors:
+            digest.update(f"{tuple(t.shape)} {t.dtype}".encode())
+            values = t[some.to(t.device)].cpu().contiguous()
+            digest.update(values.view(torch.uint8).numpy().tobytes())
+        return f"{self.num_data} data ({digest.hexdigest()[:12]})"
+
+    def _part(self, index: int) -> slice:
+        """Where a batch is in the order of the epoch."""
+        size, larger = divmod(self.num_data, self.num_batches)
+        start = index * size + min(index, larger)
+        return slice(start, start + size + (index < larger))
+
+    def _draw(self) -> None:
+        """Draw the order of an epoch."""
+        if self.shuffle:
+            self._drawn_from = torch.get_rng_state()
+            self._order = torch.randperm(self.num_data).to(self.device)

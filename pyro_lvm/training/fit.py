@@ -1,100 +1,63 @@
-"""Fit a pair to data in memory: one call, on Lightning."""
+"""Fit a pair to data: one call, on Lightning."""
 
-import logging
-import signal
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
 from pyro.infer import ELBO
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_lvm.checks import check_count
 from pyro_lvm.infer import TraceInfo_ELBO
-from pyro_lvm.pair import (
-    Program,
-    modules_of,
-)
+from pyro_lvm.pair import Program, modules_of
 from pyro_lvm.training.batches import Batches
+from pyro_lvm.training.checkpoint import newest
 from pyro_lvm.training.preflight import (
     check_alike,
+    check_checkpoints,
     check_loss,
     check_objective,
     check_pair,
     check_patience,
+    check_same_run,
     check_settings,
 )
+from pyro_lvm.training.result import Fit, Stopped
+from pyro_lvm.training.surroundings import evaluating, interrupted, moved, quiet_lightning
 
 if TYPE_CHECKING:
     from pyro_lvm.training.lightning import PairModule
 
 __all__ = ["Fit", "Stopped", "fit"]
 
-Stopped = Literal[
-    "all epochs", "no improvement", "interrupted", "loss not finite", "a callback or setting"
-]
+Data = Tensor | Sequence[Tensor]
+MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 _EVALUATION_BATCH = 1024  # validation needs no gradients, so that larger batches fit
-
-
-@dataclass(frozen=True)
-class Fit:
-    """What a run leaves behind; the fitted parameters are in the pair itself.
-
-    Attributes:
-        history: Name -> one mean per epoch, in nats per datum: "loss", its parts as the objective
-            reports them, and each of them as "validation/..." on the validation data.
-        best_epoch: The epoch (from 0) whose parameters the pair now has: that of the least
-            validation loss, or the last one without validation data; None if none was finished.
-        stopped: Why the run ended.
-        seconds: How long it took.
-        num_parameters: How many numbers were trained.
-    """
-
-    history: dict[str, list[float]]
-    best_epoch: int | None
-    stopped: Stopped
-    seconds: float
-    num_parameters: int
-
-    @property
-    def num_epochs(self) -> int:
-        """Finished epochs."""
-        return len(self.history.get("loss", []))
-
-    def __str__(self) -> str:
-        head = (
-            f"{self.num_epochs} epochs in {self.seconds:.1f} s ({self.stopped}), "
-            f"{self.num_parameters} parameters"
-        )
-        if self.best_epoch is None:
-            return head
-        values = ", ".join(f"{k} {v[self.best_epoch]:.3f}" for k, v in self.history.items())
-        return f"{head}\n  epoch {self.best_epoch}: {values} (nats per datum)"
-
-    __repr__ = __str__
 
 
 def fit(
     model: Program,
     guide: Program | None,
-    data: Tensor | Sequence[Tensor],
+    data: Data,
     *,
     elbo: ELBO | None = None,
     epochs: int = 100,
     batch_size: int = 128,
-    optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer] | None = None,
-    validation: Tensor | Sequence[Tensor] | None = None,
+    optimizer: MakeOptimizer | None = None,
+    validation: Data | None = None,
     patience: int | None = None,
     plate: str | None = None,
     device: str | torch.device = "auto",
     seed: int | None = None,
     progress: bool = True,
+    checkpoint_dir: str | Path | None = None,
+    checkpoint_every: int | timedelta = timedelta(minutes=1),
+    resume: bool = False,
     callbacks: Sequence[Any] = (),
     trainer: Mapping[str, Any] | None = None,
 ) -> Fit:
@@ -103,11 +66,20 @@ def fit(
     The pair is called on minibatches; inside the data plate it is scaled to all data, so that
     global latents count once. The loss per datum is minimised. Before training starts all data are
     run through the pair once, without gradients, so that what does not fit is refused there.
+    Parameters that the pair declares in a later call only are trained from that call on.
 
     At the end the pair has the parameters of the epoch with the least validation loss (without
     validation data, those of the last epoch), is on the device where it was, and its modules are in
     evaluation mode. Ctrl-C ends the run early, in the same way. So does a loss that is not finite:
-    the pair never gets parameters whose loss on its first data is not.
+    the pair never gets parameters whose loss on its first data is not, and a warning names the
+    batch and the first site that is not finite.
+
+    With ``checkpoint_dir`` a run that was killed goes on from its last checkpoint, by the same call
+    with ``resume=True``, and on the CPU ends with the same parameters to the last bit. A checkpoint
+    holds parameters, buffers, the optimiser, the generators of random numbers (torch's, NumPy's,
+    Python's), the order of the epoch, the history and the best parameters; what a pair or a
+    callback keeps elsewhere, such as a counter in Python, it does not hold, unless the callback has
+    a ``state_dict``.
 
     Args:
         model: The model, called with one batch of each tensor in ``data``.
@@ -126,6 +98,12 @@ def fit(
         seed: Seed of all random numbers of the run; the generators go on from where they are if
             None.
         progress: Whether a terminal shows a progress bar for runs longer than two seconds.
+        checkpoint_dir: A folder for checkpoints, which is made if need be; none are written if
+            None. It keeps the last two, and ``best.pt`` with the best epoch's parameters.
+        checkpoint_every: Epochs from one checkpoint to the next, or a time, which can also end
+            within an epoch. There is one before the first step and one at the end in any case.
+        resume: Whether to go on from the last checkpoint in ``checkpoint_dir`` that can be read. If
+            there is none the run starts afresh. More epochs and another patience are allowed.
         callbacks: Further callbacks of Lightning.
         trainer: Further arguments of ``lightning.pytorch.Trainer``.
 
@@ -135,13 +113,15 @@ def fit(
     Raises:
         TypeError: If data are not tensors, the objective has no differentiable loss, or the
             optimizer is none of torch's.
-        ValueError: If data, pair and objective do not fit together; nothing is trained then.
+        ValueError: If data, pair and objective do not fit together, or the checkpoint is that of
+            another run; nothing is trained then.
     """
     elbo = TraceInfo_ELBO() if elbo is None else elbo
     check_objective(elbo)
     plate = plate or str(getattr(elbo, "plate", "data"))
     check_count("epochs", epochs)
     check_patience(patience, validation)
+    directory = check_checkpoints(checkpoint_dir, checkpoint_every, resume)
     settings = dict(trainer or {})
     check_settings(settings)
     batches = Batches(data, batch_size, shuffle=True)
@@ -152,17 +132,23 @@ def fit(
     target = _device(device, batches)
     if seed is not None:
         pyro.set_rng_seed(seed)
-    with _quiet_lightning():
-        from pyro_lvm.training.lightning import BestParameters, EpochProgress
+    start = time.perf_counter()
+    with quiet_lightning():
+        from pyro_lvm.training.callbacks import BestParameters, EpochProgress
+        from pyro_lvm.training.saving import Checkpoints
 
     module = _checked_module(model, guide, elbo, optimizer or _adam, batches, held_out, plate)
     example = batches.smallest
-    best = BestParameters()
+    best, checkpoint = BestParameters(), None
     callbacks = [best, *callbacks]
     if progress:
         callbacks.append(EpochProgress(epochs))
-    start = time.perf_counter()
-    with _moved(module, target):
+    with moved(module, target):
+        if directory is not None:
+            run = _description(module, batches, held_out, seed)
+            checkpoint = _last_checkpoint(directory, run, epochs) if resume else None
+            fresh = checkpoint is None
+            callbacks.append(Checkpoints(directory, checkpoint_every, best, run, fresh=fresh))
         stopped = _train(
             module,
             batches.to(target),
@@ -172,15 +158,19 @@ def fit(
             target=target,
             callbacks=callbacks,
             settings=settings,
+            checkpoint=checkpoint,
         )
     if not best.restore(module, example) and stopped != "interrupted":
         stopped = "loss not finite"
+    if module.diagnosis is not None:
+        _warn_of(module.diagnosis, best.epoch)
     return Fit(
         history=module.history,
         best_epoch=best.epoch,
         stopped=stopped,
         seconds=time.perf_counter() - start,
         num_parameters=sum(p.numel() for p in module.trained),
+        diagnosis=module.diagnosis,
     )
 
 
@@ -188,7 +178,7 @@ def _checked_module(
     model: Program,
     guide: Program | None,
     elbo: ELBO,
-    optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer],
+    optimizer: MakeOptimizer,
     batches: Batches,
     held_out: Batches | None,
     plate: str,
@@ -197,11 +187,11 @@ def _checked_module(
     from pyro_lvm.training.lightning import PairModule
 
     modules = modules_of(model, guide, getattr(elbo, "divergence", None))
-    with _evaluating(modules) as home:
+    with evaluating(modules) as home:
         for data_set in filter(None, (batches, held_out)):
             data_set.to(home or batches.device)
             check_pair(model, guide, data_set, plate, required=batches.num_batches > 1)
-    with _evaluating(modules):
+    with evaluating(modules):
         module = PairModule(
             model,
             guide,
@@ -225,55 +215,69 @@ def _train(
     target: torch.device,
     callbacks: list[Any],
     settings: dict[str, Any],
+    checkpoint: Path | None,
 ) -> Stopped:
     """Run Lightning's loop, and say why it ended."""
-    with _quiet_lightning():
+    with quiet_lightning():
         import lightning.pytorch as pl
-        from lightning.pytorch.callbacks import EarlyStopping
 
-        early = EarlyStopping("validation/loss", patience=patience or 0)
-        if patience is not None:
-            callbacks.append(early)
+        from pyro_lvm.training.callbacks import Patience
+        from pyro_lvm.training.saving import checkpoint_settings
+
+        waiting = None if patience is None else Patience(patience)
         trainer = pl.Trainer(
             **{
                 "max_epochs": epochs,
                 "accelerator": "gpu" if target.type == "cuda" else target.type,
                 "devices": [target.index or 0] if target.type == "cuda" else 1,
-                "callbacks": callbacks,
+                "callbacks": [*callbacks, *filter(None, [waiting])],
                 "logger": False,
-                "enable_checkpointing": False,
                 "enable_progress_bar": False,
                 "enable_model_summary": False,
                 "num_sanity_val_steps": 0,
                 "inference_mode": False,  # latents of a validation run may be differentiated
                 **settings,
+                **checkpoint_settings(callbacks, settings),
             }
         )
-        if _interrupted(lambda: trainer.fit(module, batches, held_out)):
+        if interrupted(lambda: trainer.fit(module, batches, held_out, ckpt_path=checkpoint)):
             return "interrupted"
     if module.diverged:
         return "loss not finite"
     if trainer.current_epoch >= epochs:
         return "all epochs"
-    return "no improvement" if early.stopped_epoch else "a callback or setting"
+    return "no improvement" if waiting and waiting.exhausted else "a callback or setting"
 
 
-def _interrupted(train: Callable[[], None]) -> bool:
-    """Whether Ctrl-C ended a run. Lightning would leave the program, and ignore later signals."""
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGINT) if in_main_thread else None
-    try:
-        train()
-    except SystemExit as error:
-        if isinstance(error.__context__, KeyboardInterrupt):
-            return True
-        raise
-    except KeyboardInterrupt:
-        return True
-    finally:
-        if in_main_thread:
-            signal.signal(signal.SIGINT, handler)
-    return False
+def _description(
+    module: "PairModule", batches: Batches, held_out: Batches | None, seed: int | None
+) -> dict[str, Any]:
+    """What a run must have in common with another one that goes on from its checkpoint."""
+    from pyro_lvm.training.saving import describe_optimizer
+
+    return {
+        "data": batches.digest(),
+        "validation": None if held_out is None else held_out.digest(),
+        "batch_size": batches.batch_size,
+        "seed": seed,
+        "elbo": type(module.elbo).__name__,
+        "optimizer": describe_optimizer(module.configure_optimizers()),
+    }
+
+
+def _last_checkpoint(directory: Path, run: dict[str, Any], epochs: int) -> Path | None:
+    """The checkpoint to go on from; None if there is none."""
+    found = newest(directory)
+    if found is None:
+        return None
+    path, state = found
+    check_same_run(path, state, run, epochs)
+    return path
+
+
+def _warn_of(diagnosis: str, epoch: int | None) -> None:
+    kept = "from before training" if epoch is None else f"of epoch {epoch}"
+    warnings.warn(f"{diagnosis} The pair has the parameters {kept}.", stacklevel=3)
 
 
 def _adam(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
@@ -289,55 +293,3 @@ def _device(device: str | torch.device, batches: Batches) -> torch.device:
     if batches.device.type == "cuda":
         return batches.device
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@contextmanager
-def _evaluating(modules: list[nn.Module]) -> Iterator[torch.device | None]:
-    """Modules in evaluation mode, so that a check changes no statistics; yields where they are.
-
-    Parameters that are frozen stay so, though Pyro would have them trained once it knows them.
-    """
-    frozen = [p for m in modules for p in m.parameters() if not p.requires_grad]
-    modes = [(m, m.training) for module in modules for m in module.modules()]
-    for module in modules:
-        module.eval()
-    try:
-        yield next((p.device for module in modules for p in module.parameters()), None)
-    finally:
-        for m, training in modes:
-            m.training = training
-        for p in frozen:
-            p.requires_grad_(False)
-
-
-@contextmanager
-def _moved(module: "PairModule", target: torch.device) -> Iterator[None]:
-    """The pair's parameters on a device, and afterwards back where each was, ready to evaluate."""
-    tensors = [*module.owners.parameters(), *module.owners.buffers(), *module.loose]
-    homes = [t.device for t in tensors]
-    module.owners.train()
-    try:
-        for t in tensors:
-            t.data = t.data.to(target)
-        yield
-    finally:
-        for t, home in zip(tensors, homes, strict=True):
-            t.data = t.data.to(home)
-        for p in module.trained:
-            p.grad = None  # of no use any more, and on the other device
-        module.owners.eval()
-
-
-@contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Without Lightning's remarks about devices, loggers, loaders and the end of the epochs."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="lightning")
-        warnings.filterwarnings("ignore", message=".*lightning.*")
-        try:
-            yield
-        finally:
-            logger.setLevel(level)

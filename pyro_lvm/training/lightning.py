@@ -1,16 +1,16 @@
-"""The Lightning module that joins a pair, an objective and an optimiser, and its callbacks."""
+"""The Lightning module that joins a pair, an objective and an optimiser."""
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from copy import deepcopy
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import pyro
 import torch
 from pyro.infer import ELBO
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from pyro_lvm.pair import (
     Program,
@@ -21,10 +21,16 @@ from pyro_lvm.pair import (
     plate_size,
     untouched_random_state,
 )
+from pyro_lvm.training.diagnosis import explain
+from pyro_lvm.training.discovery import Newcomers
+from pyro_lvm.training.history import History
+from pyro_lvm.training.randomness import random_state, set_random_state
+from pyro_lvm.training.tensors import PairTensors, check_same_tensors
 
-__all__ = ["BestParameters", "EpochProgress", "Optimizer", "PairModule"]
+__all__ = ["Optimizer", "PairModule"]
 
 Optimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+_SEEN_TOGETHER = 256  # steps on a device whose losses are looked at once, as a look waits for it
 
 
 class PairModule(pl.LightningModule):
@@ -35,6 +41,13 @@ class PairModule(pl.LightningModule):
     the loss and, for objectives that report them, of its parts to ``history``; the same values are
     logged, validation under "validation/...".
 
+    Parameters that the pair declares in a later call only are trained from that call on, in a
+    group of the optimiser's defaults. A loss that is not finite ends the run.
+
+    A checkpoint of Lightning's holds all that the module needs to go on as if nothing had happened:
+    besides parameters and buffers those of Pyro's param store, the history, and the states of all
+    generators of random numbers.
+
     Args:
         model: The model.
         guide: The guide, or None for one that samples nothing.
@@ -43,6 +56,12 @@ class PairModule(pl.LightningModule):
         example: The arguments of one call, to find the parameters that the pair declares.
         num_data: ``N``, the number of all training data.
         plate: Name of the data plate.
+
+    Attributes:
+        means: The means of this epoch so far, and of all epochs.
+        tensors: What training changes, by name.
+        diagnosis: Where a loss or a parameter was not finite, and the first site that shows why;
+            None as long as all are.
 
     Raises:
         ValueError: If the pair has no parameters.
@@ -62,62 +81,118 @@ class PairModule(pl.LightningModule):
         super().__init__()
         guide = no_guide if guide is None else guide
         self.elbo, self.optimizer, self.num_data = elbo, optimizer, num_data
+        self.plate = plate
         self.owners = nn.ModuleList(modules_of(model, guide, getattr(elbo, "divergence", None)))
-        self.programs = tuple(plate_size(p, num_data, plate=plate) for p in (model, guide))
-        declared = parameters_of(model, guide, example)
-        owned = {id(p) for p in self.owners.parameters()}
-        # tensors of the param store, which no module owns
-        self.loose = [p for p in declared if id(p) not in owned]
-        self.trained = [p for p in self.owners.parameters() if p.requires_grad] + self.loose
+        self.programs: tuple[Program, Program] = tuple(
+            plate_size(p, num_data, plate=plate) for p in (model, guide)
+        )
+        self._example = example
+        self.tensors = PairTensors(self.owners, self._declared)
         if not self.trained:
             raise ValueError(
                 "Expected a pair with parameters that require a gradient; got none. Declare them "
                 "by pyro.param, or make model and guide methods or modules that own them."
             )
-        self.history: dict[str, list[float]] = {}
-        self.diverged = False
-        self._sums: dict[str, Tensor] = {}
-        self._weights: dict[str, int] = defaultdict(int)
+        self.means = History()
+        self.diagnosis: str | None = None
+        self._newcomers = Newcomers()
+        self._unseen: list[_Unseen] = []
+        self._random_state: dict[str, Any] | None = None
+
+    @property
+    def history(self) -> dict[str, list[float]]:
+        """Name -> one mean per epoch."""
+        return self.means.epochs
+
+    @property
+    def trained(self) -> list[Tensor]:
+        """All parameters that the optimiser changes, each once."""
+        return list(self.tensors.trained.values())
+
+    @property
+    def diverged(self) -> bool:
+        """Whether a loss or a parameter was not finite."""
+        return self.diagnosis is not None
 
     def training_step(self, batch: tuple[Tensor, ...], batch_index: int) -> Tensor | None:
-        """The loss of a minibatch, nats per datum; None where parameters that are not finite fail.
+        """The loss of a minibatch, nats per datum; None where it is not finite.
 
         The run ends in that case.
         """
-        return self._step(batch, "")
+        with self._newcomers:
+            loss = self._step(batch, batch_index, "")
+        if self._newcomers.found:
+            self._train_newcomers()
+        return loss
 
     def validation_step(self, batch: tuple[Tensor, ...], batch_index: int) -> None:
         """The loss of a minibatch that is not trained on."""
         with torch.no_grad():
-            self._step(batch, "validation/")
+            self._step(batch, batch_index, "validation/")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimiser of all parameters, each once."""
-        optimizer = self.optimizer(self.trained)
+        first, *later = (list(group.values()) for group in self.tensors.groups)
+        optimizer = self.optimizer(first)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(
                 f"Expected optimizer to make a torch.optim.Optimizer from parameters, such as "
                 f"lambda p: torch.optim.Adam(p, lr=1e-3); got one that makes "
                 f"{type(optimizer).__name__}."
             )
+        for parameters in later:
+            optimizer.add_param_group({"params": parameters})
         return optimizer
+
+    def on_fit_start(self) -> None:
+        """Go on with the random numbers of the checkpoint, if the run goes on from one."""
+        if self._random_state is not None:
+            set_random_state(self._random_state)
+            self._random_state = None
 
     def on_validation_epoch_end(self) -> None:
         """Hand the validation means to Lightning: early stopping and loggers read them."""
-        self.log_dict(self.means("validation/"))
+        self.log_dict(self.means.now("validation/"))
 
     def on_train_epoch_end(self) -> None:
         """Add the epoch's means to the history."""
-        means = self.means()
+        self._look()
+        means = self.means.end_epoch()
         self.log_dict({k: v for k, v in means.items() if not k.startswith("validation/")})
-        finished = len(self.history.get("loss", []))
-        for name in {**self.history, **means}:
-            # nan stands for an epoch without validation
-            values = self.history.setdefault(name, [math.nan] * finished)
-            values.append(means.get(name, math.nan))
-        self._sums, self._weights = {}, defaultdict(int)
         if not all(math.isfinite(v) for k, v in means.items() if k.endswith("loss")):
-            self.diverged = self.trainer.should_stop = True
+            self.end(f"The mean loss of epoch {self.trainer.current_epoch} is not finite.")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what the state of a module lacks."""
+        checkpoint["pair"] = {
+            "tensors": self.tensors.state_dict(),
+            "means": self.means.state_dict(),
+            "random": random_state(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the checkpoint of another pair; take up the rest.
+
+        Raises:
+            ValueError: If parameters or buffers differ in names or shapes.
+        """
+        pair, state = checkpoint["pair"], checkpoint["state_dict"]
+        if self.tensors.lacks(pair["tensors"]):
+            self._declare_under(state)
+        check_same_tensors(self.state_dict(), state)
+        self.tensors.load_state_dict(pair["tensors"])
+        self.means.load_state_dict(pair["means"], self.trained[0].device)
+        self._random_state = pair["random"]
+
+    def get_extra_state(self) -> dict[str, Tensor]:
+        """The tensors that belong to no module of ours: Pyro's param store, closed-over buffers."""
+        return {name: t.detach() for name, t in self.tensors.outside().items()}
+
+    @torch.no_grad()
+    def set_extra_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put their values back."""
+        for name, tensor in self.tensors.outside().items():
+            tensor.copy_(state[name])
 
     def loss(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a minibatch and its parts by name, nats per datum."""
@@ -131,21 +206,9 @@ class PairModule(pl.LightningModule):
         loss = torch.as_tensor(loss) / self.num_data
         return loss, {**parts, "loss": loss.detach()}
 
-    def means(self, prefix: str = "") -> dict[str, float]:
-        """Means over the data of this epoch so far."""
-        return {
-            name: float(total) / self._weights[name]
-            for name, total in self._sums.items()
-            if name.startswith(prefix)
-        }
-
-    def has_finite_parameters(self) -> bool:
-        """Whether all that is trained is finite."""
-        return all(bool(torch.isfinite(p).all()) for p in self.trained)
-
     def has_finite_loss(self, batch: tuple[Tensor, ...]) -> bool:
         """Whether parameters and loss are finite."""
-        if not self.has_finite_parameters():
+        if not self.tensors.are_finite():
             return False
         with untouched_random_state(batch), torch.no_grad():
             try:
@@ -153,122 +216,100 @@ class PairModule(pl.LightningModule):
             except (ValueError, RuntimeError):  # no distribution has these parameters
                 return False
 
-    def _step(self, batch: tuple[Tensor, ...], prefix: str) -> Tensor | None:
-        size = len(batch[0])
+    def end(self, diagnosis: str) -> None:
+        """End the run, since something is not finite; the first diagnosis counts."""
+        self.diagnosis = self.diagnosis or diagnosis
+        self.trainer.should_stop = True
+
+    def diagnose(self, batch: tuple[Tensor, ...], rows: Sequence[int] | None = None) -> str:
+        """What is not finite when the pair is run on a batch, in words.
+
+        Args:
+            batch: The arguments of the pair.
+            rows: The numbers of the data in it, where they are known.
+        """
+        not_finite = self.tensors.not_finite()
+        return explain(*self.programs, batch, not_finite, plate=self.plate, rows=rows)
+
+    def _step(self, batch: tuple[Tensor, ...], index: int, prefix: str) -> Tensor | None:
+        batch = (batch,) if isinstance(batch, Tensor) else tuple(batch)
+        before = torch.get_rng_state()  # less than a microsecond
         try:
             # fit has shown every datum to Pyro's checks; here they would raise where a run diverges
             with pyro.validation_enabled(False):
                 loss, parts = self.loss(batch)
         except (ValueError, RuntimeError):
-            if self.has_finite_parameters():
+            if self.tensors.are_finite():
                 raise
-            self._add({prefix + "loss": torch.tensor(math.nan)}, size)
-            self.trainer.should_stop = True
+            loss = torch.tensor(math.nan)
+            parts = {"loss": loss}
+        self.means.add(parts, len(batch[0]), prefix)
+        if not _is_at_hand(loss):
+            self._look_later(_Unseen(prefix, index, loss.detach()))
+        elif not math.isfinite(loss.item()):
+            with untouched_random_state(batch):
+                torch.set_rng_state(before)  # the draws that led there
+                self._end_at(prefix, index, batch, loss)
             return None
-        self._add({prefix + name: value for name, value in parts.items()}, size)
         return loss
 
-    def _add(self, values: dict[str, Tensor], size: int) -> None:
-        for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + size * value
-            self._weights[name] += size
+    def _look_later(self, unseen: "_Unseen") -> None:
+        """Keep a loss of which the device may not have come to know yet."""
+        self._unseen.append(unseen)
+        if len(self._unseen) >= _SEEN_TOGETHER:
+            self._look()
 
+    def _look(self) -> None:
+        """Look at the losses that were kept, which waits for the device."""
+        unseen, self._unseen = self._unseen, []
+        if not unseen or torch.stack([u.loss for u in unseen]).isfinite().all():
+            return
+        first = next(u for u in unseen if not torch.isfinite(u.loss))
+        loader = self._loader(first.prefix)
+        batch = loader.batch(first.index) if hasattr(loader, "batch") else None
+        self._end_at(first.prefix, first.index, batch, first.loss)
 
-class BestParameters(pl.Callback):
-    """Keeps the parameters of the epoch with the least validation loss, in memory.
-
-    Without validation data it keeps those of the last epoch. The loss of an epoch is that of the
-    parameters before its steps, so that its last step may still have led astray; hence those that
-    were kept before are at hand as well.
-    """
-
-    def __init__(self) -> None:
-        self.loss = math.inf
-        self._kept: list[_Snapshot] = []
-
-    @property
-    def epoch(self) -> int | None:
-        """The epoch whose parameters are the best; None before one was finished."""
-        return self._kept[-1].epoch
-
-    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Keep the parameters from before training."""
-        self._keep(None, module)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Compare this epoch with the best one so far."""
-        assert isinstance(module, PairModule)
-        means = module.means()
-        if trainer.val_dataloaders is None:
-            better = math.isfinite(means["loss"])
-        else:
-            loss = means.get("validation/loss", math.inf)
-            better = loss < self.loss
-            self.loss = min(loss, self.loss)
-        if not module.has_finite_parameters():  # the last step has led astray
-            module.diverged = trainer.should_stop = True
-        elif better:
-            self._keep(trainer.current_epoch, module)
-
-    @torch.no_grad()
-    def restore(self, module: PairModule, example: tuple[Tensor, ...]) -> bool:
-        """Put the best values back, or those kept before them if their loss is not finite.
-
-        If no epoch was finished, the module stays as it is unless its loss is not finite.
-
-        Returns:
-            Whether the best values were good.
-        """
-        if self.epoch is not None:
-            self._kept[-1].put(module)
-        if module.has_finite_loss(example):
-            return True
-        self._kept = self._kept[:1]
-        self._kept[0].put(module)
-        return False
-
-    def _keep(self, epoch: int | None, module: pl.LightningModule) -> None:
-        assert isinstance(module, PairModule)
-        values = [t.detach().clone() for t in _state(module)]
-        self._kept = [*self._kept[-1:], _Snapshot(epoch, values)]
-
-
-class _Snapshot(NamedTuple):
-    """The parameters and buffers at the end of an epoch, None for the start."""
-
-    epoch: int | None
-    values: list[Tensor]
-
-    def put(self, module: PairModule) -> None:
-        for target, value in zip(_state(module), self.values, strict=True):
-            target.copy_(value)
-
-
-def _state(module: PairModule) -> list[Tensor]:
-    return [*module.trained, *module.owners.buffers()]
-
-
-class EpochProgress(pl.Callback):
-    """One progress bar over the epochs, in a terminal, for runs longer than two seconds."""
-
-    def __init__(self, epochs: int) -> None:
-        self.bar = tqdm(
-            total=epochs, desc="fit", unit="epoch", delay=2.0, disable=None, leave=False
-        )
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Advance the bar."""
-        assert isinstance(module, PairModule)
-        shown = {k: v for k, v in module.means().items() if k.endswith("loss")}
-        self.bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items()}, refresh=False)
-        self.bar.update()
-
-    def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
-        """Take the bar away."""
-        self.bar.close()
-
-    def on_exception(
-        self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException
+    def _end_at(
+        self, prefix: str, index: int, batch: tuple[Tensor, ...] | None, loss: Tensor
     ) -> None:
-        """Take the bar away."""
-        self.bar.close()
+        """End the run at a batch whose loss is not finite."""
+        loader = self._loader(prefix)
+        rows = loader.rows(index).tolist() if hasattr(loader, "rows") else None
+        kind = "validation batch" if prefix else "batch"
+        where = f"The loss was {loss.item()} in epoch {self.trainer.current_epoch}, {kind} {index}"
+        why = "" if batch is None else f": {self.diagnose(batch, rows)}"
+        self.end(f"{where}{why}.")
+
+    def _loader(self, prefix: str) -> Any:
+        return self.trainer.val_dataloaders if prefix else self.trainer.train_dataloader
+
+    def _train_newcomers(self) -> None:
+        """Let the optimiser train what the pair has declared in this step, from this step on."""
+        parameters = self.tensors.take_in(self._newcomers.declared.values())
+        if parameters:
+            self.trainer.optimizers[0].add_param_group({"params": parameters})
+
+    def _declared(self, device: torch.device | None) -> list[Tensor]:
+        """What a run of the pair declares."""
+        return parameters_of(*self.programs, tuple(t.to(device) for t in self._example))
+
+    def _declare_under(self, state: Mapping[str, Any]) -> None:
+        """Run the pair as it was when the checkpoint was written, for it may declare more then."""
+        before = {name: deepcopy(value) for name, value in self.state_dict().items()}
+        with suppress(RuntimeError, KeyError):  # another pair, as will be seen
+            self.load_state_dict(state, strict=False)
+            self.tensors.find_again()
+        self.load_state_dict(before, strict=False)
+
+
+class _Unseen(NamedTuple):
+    """The loss of a batch that nobody has looked at yet."""
+
+    prefix: str
+    index: int
+    loss: Tensor
+
+
+def _is_at_hand(loss: Tensor) -> bool:
+    """Whether a loss can be looked at without waiting for a device."""
+    return loss.device.type == "cpu"

@@ -1,5 +1,7 @@
 """What is looked at before training starts, so that nothing is refused half-way."""
 
+from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -7,7 +9,7 @@ from pyro import poutine
 from pyro.infer import ELBO
 from torch import Tensor
 
-from pyro_lvm.checks import check_count
+from pyro_lvm.checks import check_count, check_positive
 from pyro_lvm.pair import (
     Program,
     data_plate,
@@ -17,16 +19,19 @@ from pyro_lvm.pair import (
     untouched_random_state,
 )
 from pyro_lvm.training.batches import Batches
+from pyro_lvm.training.checkpoint import has_checkpoints
 
 if TYPE_CHECKING:
     from pyro_lvm.training.lightning import PairModule
 
 __all__ = [
     "check_alike",
+    "check_checkpoints",
     "check_loss",
     "check_objective",
     "check_pair",
     "check_patience",
+    "check_same_run",
     "check_settings",
 ]
 
@@ -124,3 +129,52 @@ def check_patience(patience: int | None, validation: object) -> None:
                 "Expected validation data, whose loss patience waits for; got none. Pass "
                 "validation=, or no patience."
             )
+
+
+def check_checkpoints(
+    directory: str | Path | None, every: int | timedelta, resume: bool
+) -> Path | None:
+    """Refuse a folder for checkpoints that can't be one, or that has those of another run.
+
+    Returns:
+        The folder, which is there now; None if none is wanted.
+    """
+    if isinstance(every, timedelta):
+        check_positive("checkpoint_every in seconds", every.total_seconds(), minimum=0)
+    else:
+        check_count("checkpoint_every", every)
+    if directory is None:
+        if resume:
+            raise ValueError("Expected checkpoint_dir= to resume from; got none. Pass a folder.")
+        return None
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"Expected checkpoint_dir to be a folder; got the file {directory}.")
+    directory.mkdir(parents=True, exist_ok=True)
+    if not resume and has_checkpoints(directory):
+        raise ValueError(
+            f"Expected a checkpoint_dir without checkpoints for a new run; got some in "
+            f"{directory}. Pass resume=True to go on from them, or another folder."
+        )
+    return directory
+
+
+def check_same_run(path: Path, state: dict[str, Any], run: dict[str, Any], epochs: int) -> None:
+    """Refuse the checkpoint of a run with other data or settings, or one that is too far."""
+    saved = state.get("settings", {})
+    different = [
+        f"{name} {saved.get(name)} instead of {value}"
+        for name, value in run.items()
+        if saved.get(name) != value
+    ]
+    if different:
+        raise ValueError(
+            f"Expected a checkpoint of this run in {path}; got one with {'; '.join(different)}. "
+            f"Resume with the same data and settings, or start afresh in another checkpoint_dir."
+        )
+    finished = len(state["pair"]["means"]["epochs"].get("loss", []))
+    if finished > epochs:
+        raise ValueError(
+            f"Expected epochs >= {finished}, which the checkpoint {path} has behind it; got "
+            f"{epochs}. Pass more epochs, or start afresh in another checkpoint_dir."
+        )
