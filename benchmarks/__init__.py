@@ -1,0 +1,1 @@
+"""Time per training step, side by side in one run: `python -m benchmarks`."""
