@@ -329,7 +329,7 @@ def test_files_are_plain_data_for_torch_alone(tmp_path):
 
 def test_nothing_but_plain_data_is_unpickled(tmp_path):
     checkpoint.write(tmp_path / "step-0000000001.pt", {"settings": pytest.approx(1.0)})
-    with pytest.raises(checkpoint.CheckpointError, match="plain data.*got UnpicklingError"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"plain data.*got UnpicklingError"):
         run(tmp_path, resume=True)
 
 
@@ -379,7 +379,7 @@ def test_the_checkpoint_of_another_pair_is_refused(tmp_path):
 
 def test_what_is_refused_before_training(tmp_path):
     run(tmp_path, epochs=1)
-    with pytest.raises(ValueError, match="without checkpoints for a new run.*resume=True"):
+    with pytest.raises(ValueError, match=r"without checkpoints for a new run.*resume=True"):
         run(tmp_path)
     with pytest.raises(ValueError, match="checkpoint_dir= to resume from; got none"):
         run(resume=True)

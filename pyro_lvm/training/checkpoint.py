@@ -8,7 +8,7 @@ import hashlib
 import os
 import warnings
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 
@@ -143,7 +143,7 @@ class _Hashing:
 def _save(state: dict[str, Any], file: BinaryIO) -> None:
     hashing = _Hashing(file)
     try:
-        torch.save(state, hashing)
+        torch.save(state, cast(BinaryIO, hashing))  # it writes and flushes: all that torch needs
     except RuntimeError as error:
         # torch's own complaint hides that of the file system
         raise hashing.error or error from None

@@ -83,9 +83,8 @@ class PairModule(pl.LightningModule):
         self.elbo, self.optimizer, self.num_data = elbo, optimizer, num_data
         self.plate = plate
         self.owners = nn.ModuleList(modules_of(model, guide, getattr(elbo, "divergence", None)))
-        self.programs: tuple[Program, Program] = tuple(
-            plate_size(p, num_data, plate=plate) for p in (model, guide)
-        )
+        model, guide = (plate_size(p, num_data, plate=plate) for p in (model, guide))
+        self.programs = model, guide
         self._example = example
         self.tensors = PairTensors(self.owners, self._declared)
         if not self.trained:
@@ -266,8 +265,8 @@ class PairModule(pl.LightningModule):
             return
         first = next(u for u in unseen if not torch.isfinite(u.loss))
         loader = self._loader(first.prefix)
-        batch = loader.batch(first.index) if hasattr(loader, "batch") else None
-        self._end_at(first.prefix, first.index, batch, first.loss)
+        batch = loader.batch(first.batch_index) if hasattr(loader, "batch") else None
+        self._end_at(first.prefix, first.batch_index, batch, first.loss)
 
     def _end_at(
         self, prefix: str, index: int, batch: tuple[Tensor, ...] | None, loss: Tensor
@@ -306,7 +305,7 @@ class _Unseen(NamedTuple):
     """The loss of a batch that nobody has looked at yet."""
 
     prefix: str
-    index: int
+    batch_index: int
     loss: Tensor
 
 
