@@ -1,6 +1,6 @@
 # `make` is the only interface: every target sets up .venv first if it has to.
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-short test test-slow lint format docs gpu-test clean
+.PHONY: help demo demo-short test test-slow bench lint format docs gpu-test clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -28,6 +28,10 @@ test: $(READY)  ## the tests, some minutes on two cores
 
 test-slow: $(READY)  ## the tests that take longer than half a minute each
 	$(BIN)/python -m pytest -m slow
+
+bench: $(READY)  ## time per training step beside other libraries, some minutes
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python -m benchmarks
 
 gpu-test: $(READY)  ## the tests on every CUDA device that is there
 	$(BIN)/python -m pytest -m 'not slow' -k cuda

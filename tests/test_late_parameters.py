@@ -216,10 +216,10 @@ def test_where_the_best_epoch_came_before_they_have_their_first_values(make):
     run = fit(
         pair.model,
         pair.guide,
-        data(),
+        -data(),
         epochs=5,
         optimizer=lambda p: torch.optim.SGD(p, lr=0.05, maximize=True),
-        validation=data(),
+        validation=-data(),
         callbacks=[SetLate(pair, 2), Look()],
     )
     assert run.best_epoch == 0
@@ -229,22 +229,23 @@ def test_where_the_best_epoch_came_before_they_have_their_first_values(make):
     pyro.clear_param_store()
     fresh = make()
     fresh.late = True
-    fresh.model(data()), fresh.guide(data())  # noqa: B018
+    fresh.model(data()), fresh.guide(data())
     for value, first in zip(values[1:], leaves(fresh)[1:], strict=True):
         assert torch.equal(value, first)
 
 
 def test_frozen_ones_stay_frozen():
-    class Frozen(Pair):
+    class Frozen(LazyNetwork):
         def offset(self):
-            self.spare = nn.Parameter(torch.ones(2), requires_grad=False)
-            return self.spare
+            loc = super().offset()
+            self.net.requires_grad_(False)
+            return loc
 
     pyro.clear_param_store()
     pair = Frozen()
     run = fit(pair.model, pair.guide, data(), epochs=10, callbacks=[SetLate(pair)])
     assert run.num_parameters == 2
-    assert torch.equal(pair.spare, torch.ones(2))
+    assert torch.equal(pair.net.bias, torch.full((2,), -0.2))
 
 
 def test_what_others_declare_meanwhile_is_not_trained():

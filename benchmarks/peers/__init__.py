@@ -6,9 +6,10 @@ and returns the loss, which the timing waits for. Sizes and stories are those of
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from benchmarks.peers import by_hand, by_numpyro, by_pyro, by_pythae
+from benchmarks.peers import by_hand, by_numpyro, by_pyro, by_pyro_lvm, by_pythae
 
 __all__ = ["PEERS"]
 
@@ -39,3 +40,9 @@ PEERS: dict[str, dict[str, Callable[[], Callable[[], Any]]]] = {
     },
 }
 """Problem -> name -> what builds a step."""
+
+for _problem, _peers in PEERS.items():
+    _peers["pyro_lvm_loss"] = partial(by_pyro_lvm.compiled_loss, _problem)
+    _peers["pyro_lvm_step"] = partial(by_pyro_lvm.steps, _problem)
+    if _problem != "vae":  # its time is that of its matrix products
+        _peers["pyro_lvm_10_steps"] = partial(by_pyro_lvm.steps, _problem, 10)

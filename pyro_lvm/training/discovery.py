@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from pyro.poutine.messenger import Messenger
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.module import (
     register_module_forward_pre_hook,
     register_module_module_registration_hook,
@@ -25,13 +25,13 @@ class Newcomers(Messenger):
     It costs some microseconds per step, where a look at all parameters costs some for each.
 
     Attributes:
-        declared: Name -> value of what ``pyro.param`` was called for, for the first time.
+        declared: The names for which ``pyro.param`` was called for the first time.
         registered: Whether any module has got a parameter or a submodule.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.declared: dict[str, Tensor] = {}
+        self.declared: list[str] = []
         self.registered = False
         self._known: set[str] = set()
         self._handles: tuple[Any, ...] = ()
@@ -42,7 +42,7 @@ class Newcomers(Messenger):
         return self.registered or bool(self.declared)
 
     def __enter__(self) -> "Newcomers":
-        self.declared, self.registered = {}, False
+        self.declared, self.registered = [], False
         self._handles = (
             register_module_parameter_registration_hook(self._note),
             register_module_module_registration_hook(self._note),
@@ -63,7 +63,7 @@ class Newcomers(Messenger):
     def _postprocess_message(self, msg: Any) -> None:
         if msg["type"] == "param" and msg["name"] not in self._known:
             self._known.add(msg["name"])
-            self.declared[msg["name"]] = msg["value"]
+            self.declared.append(msg["name"])
 
 
 @contextmanager

@@ -284,7 +284,7 @@ class PairModule(pl.LightningModule):
 
     def _train_newcomers(self) -> None:
         """Let the optimiser train what the pair has declared in this step, from this step on."""
-        parameters = self.tensors.take_in(self._newcomers.declared.values())
+        parameters = self.tensors.take_in(self._newcomers.declared)
         if parameters:
             self.trainer.optimizers[0].add_param_group({"params": parameters})
 

@@ -66,19 +66,14 @@ class PairTensors:
         """Whether all that is trained is finite."""
         return not self.not_finite()
 
-    def take_in(self, declared: Iterable[Tensor]) -> list[Tensor]:
-        """Take in what is declared or has got into the owners since.
-
-        Args:
-            declared: Values that ``pyro.param`` returned.
+    def take_in(self, names: Iterable[str]) -> list[Tensor]:
+        """Take in what has got into the param store by these names, or into the owners, since.
 
         Returns:
-            The parameters among them that are new, as leaf tensors.
+            The new parameters.
         """
-        # a constrained value knows the leaf behind it
-        group = self._new(
-            getattr(value, "unconstrained", lambda v=value: v)() for value in declared
-        )
+        store = dict(pyro.get_param_store().named_parameters())
+        group = self._new(store[name] for name in names if name in store)
         if group:
             self.groups.append(group)
             self.first_values.update({n: p.detach().clone() for n, p in group.items()})
