@@ -56,6 +56,47 @@ class Net(PyroModule):
             pyro.sample("z", dist.Normal(self.encoder(x), self.scale).to_event(1))
 
 
+class Late(Net):
+    """A pair that learns its offset only after some steps, which it counts in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("steps", torch.tensor(0))
+
+    @pyro_method
+    def guide(self, x):
+        self.steps += self.training
+        if self.steps > 7:
+            pyro.param("late", torch.tensor(0.5), constraint=constraints.positive)
+        super().guide(x)
+
+
+class LateInPython(Late):
+    """The same with a counter that no checkpoint sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = 0
+
+
+class Functions:
+    """Plain functions that close over a network with buffers."""
+
+    def __init__(self):
+        self.net = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
+        self.state_dict = self.net.state_dict
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1, keepdim=True), 1.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        pyro.module("net", self.net)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.net(x), 0.5).to_event(1))
+
+
 def data(num=23, seed=11):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(num, 3, generator=generator) + torch.tensor([2.0, 0.0, -1.0])
@@ -65,11 +106,11 @@ def adam(lr=0.05):
     return lambda parameters: torch.optim.Adam(parameters, lr=lr)
 
 
-def run(directory=None, **settings):
+def run(directory=None, make=Net, **settings):
     """A run from the start, and all that it leaves behind."""
     pyro.clear_param_store()
     pyro.set_rng_seed(5)
-    net = Net()
+    net = make()
     settings = {"epochs": EPOCHS, "validation": data(9, seed=2), "seed": 3, **settings}
     if directory is not None:
         settings = {"checkpoint_dir": directory, "checkpoint_every": EVERY_STEP, **settings}
@@ -79,8 +120,8 @@ def run(directory=None, **settings):
 
 
 def state_of(net):
-    width = pyro.get_param_store()["width"].detach()
-    return [*(v.clone() for v in net.state_dict().values()), width, torch.get_rng_state()]
+    store = [p.detach().clone() for _, p in sorted(pyro.get_param_store().items())]
+    return [*(v.clone() for v in net.state_dict().values()), *store, torch.get_rng_state()]
 
 
 def assert_same(one, other):
@@ -176,6 +217,29 @@ def test_kills_with_other_settings(name, tmp_path):
     assert_same(run(tmp_path, resume=True, **settings), expected)
 
 
+@pytest.mark.parametrize("make", [Late, Functions])
+@pytest.mark.parametrize("step", [4, 7, 8, 9, 22])
+def test_kills_of_other_pairs(make, step, tmp_path):
+    expected = run(make=make)
+    assert killed(tmp_path, at_call(PairModule, "training_step", step), make=make)
+    assert_same(run(tmp_path, make=make, resume=True), expected)
+
+
+def test_what_a_pair_declares_only_later_must_be_there_to_resume(tmp_path):
+    """A counter in Python starts again from 0, so that the parameter is not there yet."""
+    run(tmp_path, make=LateInPython, epochs=3)
+    with pytest.raises(ValueError, match=r"param_store.late' \(\) instead of none.*declared before"):
+        run(tmp_path, make=LateInPython, resume=True)
+
+    class Declared(LateInPython):
+        def __init__(self):
+            super().__init__()
+            pyro.param("late", torch.tensor(2.0), constraint=constraints.positive)
+            self.steps = 15
+
+    assert_same(run(tmp_path, make=Declared, resume=True), run(make=LateInPython))
+
+
 def test_checkpoints_change_nothing(uninterrupted, tmp_path):
     for every in (EVERY_STEP, 1, 4, timedelta(hours=1)):
         folder = tmp_path / str(every)
@@ -186,17 +250,15 @@ def test_checkpoints_change_nothing(uninterrupted, tmp_path):
         assert len(list(folder.iterdir())) == 3
 
 
-def test_random_kills_of_a_program(uninterrupted, tmp_path):
-    """Interpreters started afresh, killed from outside while they run."""
+def test_a_program_that_is_killed_from_outside(uninterrupted, tmp_path):
     moments = random.Random(0)
     command = [sys.executable, __file__, str(tmp_path)]
-    for epoch in (3,):
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            while process.stdout.readline() != f"epoch {epoch}\n":
-                assert process.poll() is None
-            time.sleep(moments.uniform(0.0, 0.02))
-            process.kill()
-        assert process.returncode == -signal.SIGKILL
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        while process.stdout.readline() != "epoch 3\n":
+            assert process.poll() is None
+        time.sleep(moments.uniform(0.0, 0.02))
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
     assert_same(run(tmp_path, resume=True), uninterrupted)
 
 

@@ -51,8 +51,7 @@ def compile(
         elbo: An objective of ours, or of Pyro's with a differentiable loss, or ``TraceGraph_ELBO``.
         model: The model.
         guide: The guide, or None if it samples nothing.
-        backend: From a graph to a function that runs it; ``torch.compile`` if None, with CUDA
-            graphs for parameters on CUDA.
+        backend: From a graph to a function that runs it; ``torch.compile`` if None.
 
     Returns:
         The loss as a module.

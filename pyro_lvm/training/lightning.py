@@ -177,7 +177,7 @@ class PairModule(pl.LightningModule):
         """
         pair, state = checkpoint["pair"], checkpoint["state_dict"]
         if self.tensors.lacks(pair["tensors"]):
-            self._declare_under(state)
+            self._declare_under(state, pair["tensors"])
         check_same_tensors(self.state_dict(), state)
         self.tensors.load_state_dict(pair["tensors"])
         self.means.load_state_dict(pair["means"], self.trained[0].device)
@@ -292,12 +292,12 @@ class PairModule(pl.LightningModule):
         """What a run of the pair declares."""
         return parameters_of(*self.programs, tuple(t.to(device) for t in self._example))
 
-    def _declare_under(self, state: Mapping[str, Any]) -> None:
+    def _declare_under(self, state: Mapping[str, Any], known: Mapping[str, Any]) -> None:
         """Run the pair as it was when the checkpoint was written, for it may declare more then."""
         before = {name: deepcopy(value) for name, value in self.state_dict().items()}
         with suppress(RuntimeError, KeyError):  # another pair, as will be seen
             self.load_state_dict(state, strict=False)
-            self.tensors.find_again()
+            self.tensors.find_again(known)
         self.load_state_dict(before, strict=False)
 
 

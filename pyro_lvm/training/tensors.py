@@ -105,9 +105,10 @@ class PairTensors:
         self.groups = [{n: trained[n] for n in names} for names in state["groups"]]
         self.first_values = {n: v.to(trained[n].device) for n, v in state["first_values"].items()}
 
-    def find_again(self) -> None:
-        """Run the pair once more, and take in what it declares now."""
+    def find_again(self, state: Mapping[str, Any]) -> None:
+        """Take in what a run of the pair declares now, and what the param store has of a state."""
         self.groups.append(self._find())
+        self.take_in(n.removeprefix("param_store.") for names in state["groups"] for n in names)
 
     def _find(self) -> dict[str, Tensor]:
         """Run the pair, and return what it has that is not trained yet."""
