@@ -191,7 +191,8 @@ class PairModule(pl.LightningModule):
     def set_extra_state(self, state: Mapping[str, Tensor]) -> None:
         """Put their values back."""
         for name, tensor in self.tensors.outside().items():
-            tensor.copy_(state[name])
+            if name in state:  # a checkpoint without it has been refused before
+                tensor.copy_(state[name])
 
     def loss(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a minibatch and its parts by name, nats per datum."""
