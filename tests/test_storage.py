@@ -276,6 +276,13 @@ def test_modes_frozen_parameters_and_types_come_back(path):
     assert into.encoder.training
 
 
+def test_frozen_parameters_that_are_made_late_stay_frozen(path):
+    model, _ = trained("mixture with AutoNormal")
+    model._autoguide.requires_grad_(False)
+    lvm.save(model, path)
+    assert not any(p.requires_grad for p in lvm.load(path)._autoguide.parameters())
+
+
 @pytest.mark.parametrize("name", ["vae with a prior", "mixture with AutoNormal"])
 def test_from_any_device_to_any_other(name, path, device):
     model, x = trained(name)
@@ -482,11 +489,12 @@ def test_a_network_of_the_user_and_its_buffers(path):
     model = lvm.VAE(OwnEncoder(2), MLP(2, [], head=NormalHead(SIZES)))
     x = 3 + numbers()
     train(model.model, model.guide, x)
+    assert model.encoder.norm.num_batches_tracked == 4  # three steps and a loss, no call besides
     model.eval()
     lvm.save(model, path)
     loaded = lvm.load(path, classes=[OwnEncoder])
     loaded.model(x)
-    assert loaded.encoder.norm.num_batches_tracked > 0
+    assert loaded.encoder.norm.num_batches_tracked == 4
     assert not loaded.encoder.norm.training
     assert alike(outputs(loaded, x), outputs(model, x))
 
@@ -685,6 +693,26 @@ def test_a_model_of_ours_whose_networks_declare_parameters(path):
     model, net = make()
     lvm.load(path, into=model, args=(x,))
     assert same(state(net)[:1], expected)
+
+
+def test_a_method_of_a_model_of_ours_with_another_guide(path):
+    model, x = build("vae")
+
+    def guide(x):
+        loc = pyro.param("loc", torch.zeros(2))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+    train(model.model, guide, x)
+    lvm.save((model.model, guide), path, args=(x,))
+    expected = state(model)[0], pyro.param("loc").detach().clone()
+    pyro.clear_param_store()
+    other, _ = build("vae")
+    lvm.load(path, into=(other.model, guide), args=(x,))
+    assert same([state(other)[0]], expected[:1])
+    assert torch.equal(pyro.param("loc"), expected[1])
+    with pytest.raises(ValueError, match="pair of your own"):
+        lvm.load(path)
 
 
 def test_a_model_alone(path):

@@ -92,7 +92,7 @@ def load(
     """
     if into is not None:
         _programs(into)
-    contents = read(path, device if into is None else "cpu")
+    contents = read(path, device)
     with _no_trace_of_errors(), untouched_random_state(tuple(args), dict(kwargs or {})):
         pair = _build(contents, classes, device) if into is None else into
         inventory = _inventory(*_programs(pair), args, kwargs)
