@@ -17,22 +17,27 @@ pytestmark = pytest.mark.usefixtures("float64")
 LATE, STEPS = 7, 16  # the step from which a parameter is there, and all steps
 
 
-class Pair(PyroModule):
-    """z = shift, without noise; x ~ N(z + offset, 1). Subclasses come up with something later."""
+def made_before():
+    net = nn.Linear(2, 2)
+    nn.init.constant_(net.weight, 0.1)
+    nn.init.constant_(net.bias, -0.2)
+    return net
+
+
+class Story:
+    """z = loc, without noise; x ~ N(z + offset, 1). Subclasses come up with something later."""
 
     def __init__(self):
         super().__init__()
         self.loc = nn.Parameter(torch.tensor([0.3, -0.1]))
         self.late = False
 
-    @pyro_method
     def model(self, x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
             loc = z + self.offset() if self.late else z
             pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
 
-    @pyro_method
     def guide(self, x):
         with pyro.plate("data", len(x)):
             loc = self.loc * self.slope() if self.late else self.loc
@@ -43,6 +48,14 @@ class Pair(PyroModule):
 
     def slope(self):
         return 1.0
+
+
+class Plain(Story, nn.Module):
+    """A module of torch's, of whose parameters Pyro never hears."""
+
+
+class Pair(Story, PyroModule):
+    model, guide = pyro_method(Story.model), pyro_method(Story.guide)
 
 
 class InModel(Pair):
@@ -74,25 +87,32 @@ class Registered(Pair):
 class LazyNetwork(Pair):
     def offset(self):
         if not hasattr(self, "net"):
-            self.net = nn.Linear(2, 2)
-            nn.init.constant_(self.net.weight, 0.1)
-            nn.init.constant_(self.net.bias, -0.2)
+            self.net = made_before()
         return self.net(torch.ones(2))
 
 
-class Attached(LazyNetwork):
+class Attached(Pair):
     """A network that was made before, and becomes a part of the pair later."""
 
     def __init__(self):
         super().__init__()
-        net = nn.Linear(2, 2)
-        nn.init.constant_(net.weight, 0.1)
-        nn.init.constant_(net.bias, -0.2)
-        self.made = [net]
+        self.made = [made_before()]
 
     def offset(self):
         self.net = self.made[0]
         return self.net(torch.ones(2))
+
+
+class PlainRegistered(Plain):
+    offset = Registered.offset
+
+
+class PlainAttached(Plain):
+    offset = Attached.offset
+
+    def __init__(self):
+        super().__init__()
+        self.made = [made_before()]
 
 
 class Constrained(Pair):
@@ -127,6 +147,8 @@ PAIRS = (
     Registered,
     LazyNetwork,
     Attached,
+    PlainRegistered,
+    PlainAttached,
     Constrained,
     DeclaredModule,
     OwnedAndDeclared,

@@ -245,6 +245,12 @@ def test_what_a_pair_declares_only_later_must_be_there_to_resume(tmp_path):
             pyro.param("late", torch.tensor(2.0), constraint=constraints.positive)
             self.count = itertools.count(16)
 
+    class DeclaredByHand(Declared):
+        def steps(self):
+            return 0  # the pair itself does not declare it any more
+
+    resumed, _ = run(tmp_path, make=DeclaredByHand, resume=True, epochs=3)
+    assert resumed.num_parameters == run(make=LateInPython, epochs=3)[0].num_parameters
     assert_same(run(tmp_path, make=Declared, resume=True), run(make=LateInPython))
 
 
@@ -348,6 +354,14 @@ def test_the_best_parameters_are_a_file(tmp_path):
     assert best["epoch"] == result.best_epoch
     width = best["values"]["param_store.width"].exp()
     assert torch.equal(width, pyro.get_param_store()["width"].detach())
+
+
+def test_the_best_epoch_before_a_kill_is_remembered(tmp_path):
+    settings = {"optimizer": adam(0.3), "epochs": 12}
+    expected = run(**settings)
+    assert expected[0].best_epoch < 10
+    assert killed(tmp_path, at_call(PairModule, "training_step", 5 * 11 + 2), **settings)
+    assert_same(run(tmp_path, resume=True, **settings), expected)
 
 
 # ---------------------------------------------------------------------------- bad files

@@ -1,63 +1,47 @@
-"""Minibatches of tensors that lie in memory, sliced where they are."""
+"""Minibatches of tensors, or of a dataset, in an order of our own."""
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_lvm.checks import check_count, check_data
+from pyro_lvm.training.sources import Data, Items, source_of
 
 __all__ = ["Batches"]
 
-_IN_DIGEST = 1024  # data whose values tell one set of data from another
+_IN_DIGEST = 256  # data whose values tell one set of data from another
 
 
 class Batches:
-    """Tensors with a common first dimension ``N``, in minibatches.
+    """Tensors with a common first dimension ``N``, or a dataset of ``N`` items, in minibatches.
 
     The batches of an epoch differ by one datum at most, so none is so small that a statistic over
     it fails, and there are two shapes at most.
 
     Args:
-        data: A tensor, or several, whose first dimension is the data.
+        data: A tensor, or several, whose first dimension is the data; or a dataset whose items are
+            tensors or tuples of tensors.
         batch_size: The most data in a batch.
         shuffle: Whether each epoch has an order of its own, from torch's global generator.
         name: What the data are called in errors.
 
     Raises:
-        TypeError: If something other than tensors is given.
-        ValueError: If there are no data, if their numbers differ, or if values are not finite.
+        TypeError: If something other than tensors or a dataset is given.
+        ValueError: If there are no data, if their numbers differ, or if values are not finite (in a
+            dataset: when they are first met).
     """
 
     def __init__(
-        self,
-        data: Tensor | Sequence[Tensor],
-        batch_size: int,
-        *,
-        shuffle: bool = False,
-        name: str = "data",
+        self, data: Data, batch_size: int, *, shuffle: bool = False, name: str = "data"
     ) -> None:
         check_count("batch_size", batch_size)
-        tensors = (data,) if isinstance(data, Tensor) else data
-        if not isinstance(tensors, Sequence) or len(tensors) == 0:
-            raise TypeError(
-                f"Expected {name} to be a tensor or a sequence of tensors, the arguments of model "
-                f"and guide; got {type(data).__name__}. Try torch.as_tensor({name})."
-            )
-        single = isinstance(data, Tensor)
-        names = [name] if single else [f"{name}[{i}]" for i in range(len(tensors))]
-        self.tensors = tuple(check_data(n, t) for n, t in zip(names, tensors, strict=True))
-        lengths = [len(t) for t in self.tensors]
-        if len(set(lengths)) > 1:
-            raise ValueError(
-                f"Expected tensors in {name} with the same number of data; got {lengths}. Their "
-                f"first dimension is the data."
-            )
+        self.source = source_of(data, name)
         self.name, self.batch_size = name, batch_size
-        self.num_data = lengths[0]
+        self.num_data = self.source.num_data
         self.shuffle = shuffle
         self.num_batches = math.ceil(self.num_data / batch_size)
         self._order: Tensor | None = None
@@ -65,20 +49,19 @@ class Batches:
         self._drawn_from: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batches":
-        """Move the data; the batches are then made on that device."""
-        self.tensors = tuple(t.to(device) for t in self.tensors)
+        """Let the batches be made on a device; tensors are moved there."""
+        self.source.to(device)
         return self
 
     @property
     def device(self) -> torch.device:
-        """Where the data are."""
-        return self.tensors[0].device
+        """Where the batches are made."""
+        return self.source.device
 
     @property
     def smallest(self) -> tuple[Tensor, ...]:
         """A batch of the least size, the first data in order."""
-        size = self.num_data // self.num_batches
-        return tuple(t[:size] for t in self.tensors)
+        return self.source.fetch(slice(0, self.num_data // self.num_batches))
 
     def __len__(self) -> int:
         return self.num_batches
@@ -93,9 +76,13 @@ class Batches:
             yield self.batch(index)
 
     def in_order(self) -> Iterator[tuple[Tensor, ...]]:
-        """The batches of the data as they are ordered."""
+        """The batches of the data as they are ordered, checked."""
         for index in range(self.num_batches):
-            yield tuple(t[self._part(index)] for t in self.tensors)
+            part = self._part(index)
+            batch = self.source.fetch(part)
+            for tensor in batch if isinstance(self.source, Items) else ():
+                check_data(f"{self.name}[{part.start}:{part.stop}]", tensor)
+            yield batch
 
     def rows(self, index: int) -> Tensor:
         """The numbers of the data in a batch of the present epoch."""
@@ -105,7 +92,7 @@ class Batches:
     def batch(self, index: int) -> tuple[Tensor, ...]:
         """A batch of the present epoch."""
         part = self._part(index)
-        return tuple(t[part if self._order is None else self._order[part]] for t in self.tensors)
+        return self.source.fetch(part if self._order is None else self._order[part])
 
     def state_dict(self) -> dict[str, Any]:
         """Where the present epoch is, and the random state from which its order was drawn."""
@@ -120,13 +107,12 @@ class Batches:
         self._next, self._goes_on = state["next"], True
 
     def digest(self) -> str:
-        """A short name of the data: their kinds, and the values of some thousand of them."""
+        """A short name of the data: their kinds, and the values of some hundred of them."""
         digest = hashlib.sha256()
         some = torch.linspace(0, self.num_data - 1, min(self.num_data, _IN_DIGEST)).long()
-        for t in self.tensors:
+        for t in self.source.fetch(some.to(self.device)):
             digest.update(f"{tuple(t.shape)} {t.dtype}".encode())
-            values = t[some.to(t.device)].cpu().contiguous()
-            digest.update(values.view(torch.uint8).numpy().tobytes())
+            digest.update(t.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return f"{self.num_data} data ({digest.hexdigest()[:12]})"
 
     def _part(self, index: int) -> slice:

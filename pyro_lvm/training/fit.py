@@ -11,12 +11,14 @@ import pyro
 import torch
 from pyro.infer import ELBO
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from pyro_lvm.checks import check_count
 from pyro_lvm.infer import TraceInfo_ELBO
 from pyro_lvm.pair import Program, modules_of
 from pyro_lvm.training.batches import Batches
 from pyro_lvm.training.checkpoint import newest
+from pyro_lvm.training.loaders import Loaded
 from pyro_lvm.training.preflight import (
     check_alike,
     check_checkpoints,
@@ -28,6 +30,7 @@ from pyro_lvm.training.preflight import (
     check_settings,
 )
 from pyro_lvm.training.result import Fit, Stopped
+from pyro_lvm.training.sources import Data
 from pyro_lvm.training.surroundings import evaluating, interrupted, moved, quiet_lightning
 
 if TYPE_CHECKING:
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Fit", "Stopped", "fit"]
 
-Data = Tensor | Sequence[Tensor]
+Minibatches = Batches | Loaded
 MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 _EVALUATION_BATCH = 1024  # validation needs no gradients, so that larger batches fit
 
@@ -43,13 +46,13 @@ _EVALUATION_BATCH = 1024  # validation needs no gradients, so that larger batche
 def fit(
     model: Program,
     guide: Program | None,
-    data: Data,
+    data: Data | DataLoader,
     *,
     elbo: ELBO | None = None,
     epochs: int = 100,
     batch_size: int = 128,
     optimizer: MakeOptimizer | None = None,
-    validation: Data | None = None,
+    validation: Data | DataLoader | None = None,
     patience: int | None = None,
     plate: str | None = None,
     device: str | torch.device = "auto",
@@ -84,11 +87,14 @@ def fit(
     Args:
         model: The model, called with one batch of each tensor in ``data``.
         guide: The guide, likewise; None if it samples nothing.
-        data: One tensor or several, first dimension the data.
+        data: One tensor or several, first dimension the data; or a dataset of torch's, whose items
+            are tensors or tuples of tensors and need not fit into memory; or a DataLoader, whose
+            batches are taken as they come. A DataLoader that does not draw its order from torch's
+            global generator (``shuffle=True`` does) is not resumed to the last bit.
         elbo: The objective, any of Pyro's or ours with a differentiable loss; ``TraceInfo_ELBO()``,
             which is the ELBO, if None.
         epochs: The most epochs.
-        batch_size: The most data in a batch.
+        batch_size: The most data in a batch; a DataLoader has its own.
         optimizer: From parameters to a torch optimiser, such as
             ``lambda p: torch.optim.Adam(p, lr=1e-3)``, which it is if None.
         validation: Held-out data like ``data``.
@@ -124,10 +130,12 @@ def fit(
     directory = check_checkpoints(checkpoint_dir, checkpoint_every, resume)
     settings = dict(trainer or {})
     check_settings(settings)
-    batches = Batches(data, batch_size, shuffle=True)
+    batches = _minibatches(data, batch_size, shuffle=True, name="data")
     held_out = None
     if validation is not None:
-        held_out = Batches(validation, max(batch_size, _EVALUATION_BATCH), name="validation")
+        held_out = _minibatches(
+            validation, max(batch_size, _EVALUATION_BATCH), shuffle=False, name="validation"
+        )
         check_alike(batches, held_out)
     target = _device(device, batches)
     if seed is not None:
@@ -179,8 +187,8 @@ def _checked_module(
     guide: Program | None,
     elbo: ELBO,
     optimizer: MakeOptimizer,
-    batches: Batches,
-    held_out: Batches | None,
+    batches: Minibatches,
+    held_out: Minibatches | None,
     plate: str,
 ) -> "PairModule":
     """What Lightning trains, once pair, objective and data have been seen to fit together."""
@@ -188,7 +196,7 @@ def _checked_module(
 
     modules = modules_of(model, guide, getattr(elbo, "divergence", None))
     with evaluating(modules) as home:
-        for data_set in filter(None, (batches, held_out)):
+        for data_set in (batches, held_out) if held_out is not None else (batches,):
             data_set.to(home or batches.device)
             check_pair(model, guide, data_set, plate, required=batches.num_batches > 1)
     with evaluating(modules):
@@ -207,8 +215,8 @@ def _checked_module(
 
 def _train(
     module: "PairModule",
-    batches: Batches,
-    held_out: Batches | None,
+    batches: Minibatches,
+    held_out: Minibatches | None,
     *,
     epochs: int,
     patience: int | None,
@@ -250,7 +258,7 @@ def _train(
 
 
 def _description(
-    module: "PairModule", batches: Batches, held_out: Batches | None, seed: int | None
+    module: "PairModule", batches: Minibatches, held_out: Minibatches | None, seed: int | None
 ) -> dict[str, Any]:
     """What a run must have in common with another one that goes on from its checkpoint."""
     from pyro_lvm.training.saving import describe_optimizer
@@ -280,11 +288,19 @@ def _warn_of(diagnosis: str, epoch: int | None) -> None:
     warnings.warn(f"{diagnosis} The pair has the parameters {kept}.", stacklevel=3)
 
 
+def _minibatches(
+    data: Data | DataLoader, batch_size: int, *, shuffle: bool, name: str
+) -> Minibatches:
+    if isinstance(data, DataLoader):
+        return Loaded(data, name=name)
+    return Batches(data, batch_size, shuffle=shuffle, name=name)
+
+
 def _adam(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=1e-3)
 
 
-def _device(device: str | torch.device, batches: Batches) -> torch.device:
+def _device(device: str | torch.device, batches: Minibatches) -> torch.device:
     if device != "auto":
         target = torch.device(device)
         if target.type == "cuda" and not torch.cuda.is_available():

@@ -20,6 +20,7 @@ from pyro_lvm.pair import (
 )
 from pyro_lvm.training.batches import Batches
 from pyro_lvm.training.checkpoint import has_checkpoints
+from pyro_lvm.training.loaders import Loaded
 
 if TYPE_CHECKING:
     from pyro_lvm.training.lightning import PairModule
@@ -57,7 +58,7 @@ def check_settings(settings: dict[str, Any]) -> None:
 
 
 def check_pair(
-    model: Program, guide: Program | None, batches: Batches, plate: str, *, required: bool
+    model: Program, guide: Program | None, batches: Batches | Loaded, plate: str, *, required: bool
 ) -> None:
     """Run all data through the pair."""
     start = 0
@@ -96,7 +97,9 @@ def _check_subsampled(
         )
 
 
-def check_loss(module: "PairModule", example: tuple[Tensor, ...], held_out: Batches | None) -> None:
+def check_loss(
+    module: "PairModule", example: tuple[Tensor, ...], held_out: Batches | Loaded | None
+) -> None:
     """Run the objective over the smallest batches."""
     with untouched_random_state(example), torch.no_grad():
         loss, _ = module.loss(example)
@@ -110,9 +113,9 @@ def check_loss(module: "PairModule", example: tuple[Tensor, ...], held_out: Batc
         )
 
 
-def check_alike(batches: Batches, held_out: Batches) -> None:
+def check_alike(batches: Batches | Loaded, held_out: Batches | Loaded) -> None:
     """Refuse validation data of another kind than the training data."""
-    kinds = [[(t.shape[1:], t.dtype) for t in b.tensors] for b in (batches, held_out)]
+    kinds = [[(t.shape[1:], t.dtype) for t in b.smallest] for b in (batches, held_out)]
     if kinds[0] != kinds[1]:
         raise ValueError(
             f"Expected validation data of the same shapes and dtypes as the training data, "
