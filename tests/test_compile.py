@@ -160,9 +160,39 @@ def test_steps_of_every_kind_of_pair(float64, name):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             losses = step(*problem.args)
+        assert (step.fallback_reason is None) == (backend is as_recorded)
         parameters = [p.detach() for g in step.optimizer.param_groups for p in g["params"]]
         results.append([losses, *parameters])
     torch.testing.assert_close(*results)
+
+
+def test_labels_without_probability_take_no_part_in_a_recorded_expectation(float64):
+    """An exact expectation over what the guide enumerates, one of its labels impossible."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(x.new_ones(3) / 3))
+            pyro.sample("x", dist.Normal(z.to(x), 1.0), obs=x)
+
+    def guide(x):
+        logits = pyro.param("logits", torch.tensor([0.3, -0.2]))
+        logits = torch.cat([logits, logits.new_full((1,), -torch.inf)])
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Categorical(logits=logits), infer={"enumerate": "parallel"})
+
+    x = torch.tensor([0.2, 1.5])
+    elbo = TraceEnum_ELBO(max_plate_nesting=1)
+    expected = elbo.differentiable_loss(model, guide, x)
+    (parameter,) = pyro.get_param_store().named_parameters()
+    gradient = torch.autograd.grad(expected, parameter[1])[0]
+    step = CompiledStep(
+        elbo, model, guide, lambda p: torch.optim.SGD(p, lr=1.0), backend=as_recorded
+    )
+    before = parameter[1].detach().clone()
+    loss = step(x)
+    assert step.fallback_reason is None
+    torch.testing.assert_close(loss[0], expected.detach())
+    torch.testing.assert_close(before - parameter[1].detach(), gradient)
 
 
 def test_learning_rates_and_loaded_states_take_effect_without_another_graph(float64):

@@ -15,10 +15,11 @@ from unittest import mock
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer.util import torch_item
+from pyro.infer.util import Dice, torch_item
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
 
 from pyro_lvm.pair import modules_of
 
@@ -180,7 +181,9 @@ def _recording() -> Iterator[None]:
     """What a recording needs of Pyro and torch, and only while it is made.
 
     Pyro looks at the tracing state before it branches on the value of a tensor. ``torch_item``
-    would make a constant of a value; validation and warnings about NaN would look at values.
+    would make a constant of a value; validation and warnings about NaN would look at values. An
+    exact expectation leaves out what has no probability, and the shape of what is left is that of a
+    value: here it is in the sum, as zero.
     """
     from torch.distributions import Distribution
 
@@ -196,6 +199,7 @@ def _recording() -> Iterator[None]:
         ]
         patched += [(pyro.util, name, lambda _: False) for name in ("torch_isnan", "torch_isinf")]
         patched += [(Distribution, "_validate_sample", lambda *_: None)]
+        patched += [(Dice, "compute_expectation", _with_zeros(Dice.compute_expectation))]
         for owner, name, value in patched:
             stack.enter_context(mock.patch.object(owner, name, value))
         stack.enter_context(pyro.validation_enabled(False))
@@ -204,3 +208,25 @@ def _recording() -> Iterator[None]:
 
 def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
+
+
+def _with_zeros(expectation: Callable[..., Any]) -> Callable[..., Any]:
+    """A sum over what a mask selects as a sum over all."""
+
+    def whole(*args: Any, **kwargs: Any) -> Any:
+        with _ZerosForMasked():
+            return expectation(*args, **kwargs)
+
+    return whole
+
+
+class _ZerosForMasked(TorchFunctionMode):
+    """Where a mask would select values, all of them, flat, with zeros for the others."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if func is Tensor.masked_select:
+            values, mask = args
+            return torch.where(mask, values, values.new_zeros(())).flatten()
+        return func(*args, **kwargs or {})
