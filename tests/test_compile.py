@@ -219,6 +219,22 @@ def test_learning_rates_and_loaded_states_take_effect_without_another_graph(floa
     assert len(made) == 1
 
 
+@pytest.mark.parametrize("backend", [as_recorded, no_backend])
+@pytest.mark.filterwarnings("ignore:These steps are not compiled")
+def test_a_step_without_a_finite_loss_changes_nothing(float64, backend):
+    pair = vae()
+    step = CompiledStep(lvm.TraceInfo_ELBO(), pair.model, pair.guide, backend=backend)
+    x = torch.randn(8, 12)
+    step(x)
+    before = [p.detach().clone() for p in pair.parameters()]
+    with pyro.validation_enabled(False):  # Pyro's checks would raise
+        assert torch.isnan(step(x * torch.nan)).all()
+    torch.testing.assert_close([p.detach() for p in pair.parameters()], before, rtol=0, atol=0)
+    assert torch.isfinite(step(x)).all()
+    changed = [float((p - b).abs().max()) for p, b in zip(pair.parameters(), before, strict=True)]
+    assert min(changed) > 1e-5
+
+
 def test_minibatches_are_drawn_without_replacement(float64):
     seen = []
 

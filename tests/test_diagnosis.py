@@ -66,7 +66,7 @@ def first_failure(x, *, batch_size, rate, seed):
 @pytest.mark.parametrize("seed", range(4))
 def test_batch_and_datum(seed, at_once, monkeypatch):
     """Also where losses are only looked at when an epoch ends, as on a device."""
-    monkeypatch.setattr(lightning, "_is_at_hand", lambda loss: at_once)
+    monkeypatch.setattr(lightning, "is_at_hand", lambda loss: at_once)
     x = torch.rand(12, generator=torch.Generator().manual_seed(seed)) * 2
     epoch, batch, data = first_failure(x, batch_size=4, rate=0.08, seed=seed)
     where = f"{len(data)} of 4 data, datum {data[0]} the first" if data[1:] else f"datum {data[0]}"
@@ -79,7 +79,7 @@ def test_batch_and_datum(seed, at_once, monkeypatch):
 
 
 def test_long_epochs_are_looked_at_in_between(monkeypatch):
-    monkeypatch.setattr(lightning, "_is_at_hand", lambda loss: False)
+    monkeypatch.setattr(lightning, "is_at_hand", lambda loss: False)
     monkeypatch.setattr(lightning, "_SEEN_TOGETHER", 3)
     steps = []
 

@@ -28,6 +28,7 @@ from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroParam, pyro_method
 from torch import nn
 from torch.distributions import constraints
+from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_lvm.divergences import MMD
 from pyro_lvm.infer import TraceInfo_ELBO
@@ -216,14 +217,13 @@ def test_history_is_the_objective_per_datum():
 
 
 def test_mean_over_unequal_batches_is_weighted_by_their_size():
-    """Seven data in batches of 3, 2 and 2."""
+    """Seven data in batches of 3, 3 and 1."""
     mixture = GaussianMixture(2, 3)
     x = data(7).square()
     expected = -exact(mixture.model, mixture.guide, x).mean
+    loader = DataLoader(TensorDataset(x), batch_size=3)
     for elbo in (TraceInfo_ELBO(), TraceEnum_ELBO()):
-        run = fit(
-            mixture.model, mixture.guide, x, elbo=elbo, epochs=2, batch_size=3, optimizer=still
-        )
+        run = fit(mixture.model, mixture.guide, loader, elbo=elbo, epochs=2, optimizer=still)
         assert run.history["loss"] == pytest.approx([expected] * 2)
 
 
@@ -300,23 +300,41 @@ def test_gradients_of_minibatches_average_to_that_of_all_data(elbo):
 
 
 @pytest.mark.parametrize(("num", "batch_size"), [(10, 3), (10, 10), (10, 64), (7, 1), (129, 128)])
-def test_batches_cover_the_data_once_and_differ_by_one(num, batch_size):
+def test_batches_of_an_epoch_are_of_one_size_and_share_no_datum(num, batch_size):
     x = torch.arange(num)
     batches = Batches((x, 10.0 * x), batch_size, shuffle=True)
     orders = []
     for _ in range(2):
         parts = list(batches)
-        sizes = [len(a) for a, _ in parts]
         assert len(parts) == len(batches) == math.ceil(num / batch_size)
-        assert max(sizes) <= batch_size
-        assert max(sizes) - min(sizes) <= 1
-        assert len(batches.smallest[0]) == min(sizes)
+        assert {len(a) for a, _ in parts} == {len(batches.smallest[0])}
+        assert len(batches.smallest[0]) <= batch_size
         assert all(torch.equal(b, 10.0 * a) for a, b in parts)  # they stay aligned
         orders.append(torch.cat([a for a, _ in parts]))
-        assert torch.equal(orders[-1].sort().values, x)
+        assert num - len(batches) < len(orders[-1].unique()) == len(orders[-1])
     assert not torch.equal(*orders)
-    in_order = torch.cat([a for a, _ in Batches((x, x), batch_size)])
-    assert torch.equal(in_order, x)
+
+
+def test_what_is_left_out_of_an_epoch_is_drawn_anew():
+    batches = Batches(torch.arange(10), 4, shuffle=True)  # three batches of three
+    pyro.set_rng_seed(0)
+    counts = sum(
+        torch.bincount(torch.cat([a for (a,) in batches]), minlength=10) for _ in range(500)
+    )
+    assert int(counts.sum()) == 4500
+    # each is left out of a tenth of the epochs: 50 of 500, with a standard deviation of 6.7
+    assert int((500 - counts).min()) > 20
+    assert int((500 - counts).max()) < 80
+
+
+@pytest.mark.parametrize(("num", "batch_size"), [(10, 3), (10, 10), (7, 2), (129, 128)])
+def test_batches_in_order_cover_all_data_and_differ_by_one(num, batch_size):
+    x = torch.arange(num)
+    for batches in (Batches(x, batch_size), Batches(x, batch_size, shuffle=True)):
+        parts = [a for (a,) in batches.in_order()]
+        assert torch.equal(torch.cat(parts), x)
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert torch.equal(torch.cat([a for (a,) in Batches(x, batch_size)]), x)
 
 
 def test_order_comes_from_the_seed():

@@ -19,8 +19,10 @@ _IN_DIGEST = 256  # data whose values tell one set of data from another
 class Batches:
     """Tensors with a common first dimension ``N``, or a dataset of ``N`` items, in minibatches.
 
-    The batches of an epoch differ by one datum at most, so none is so small that a statistic over
-    it fails, and there are two shapes at most.
+    In their own order all data are there, in batches that differ by one datum at most, so that none
+    is so small that a statistic over it fails. The batches of a shuffled epoch are all of one size,
+    so that a compiled step has one graph; what does not fill them, fewer data than there are
+    batches, is drawn anew in every epoch and left out of it.
 
     Args:
         data: A tensor, or several, whose first dimension is the data; or a dataset whose items are
@@ -67,18 +69,23 @@ class Batches:
         return self.num_batches
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        for numbers in self.runs_of(1):
+            yield self.batch(numbers.start)
+
+    def runs_of(self, length: int) -> Iterator[range]:
+        """The numbers of the batches that an epoch still has, so many at a time."""
         if not self._goes_on:
             self._next = 0
             self._draw()
         self._goes_on = False
-        for index in range(self._next, self.num_batches):
-            self._next = index + 1
-            yield self.batch(index)
+        for start in range(self._next, self.num_batches, length):
+            self._next = min(start + length, self.num_batches)
+            yield range(start, self._next)
 
     def in_order(self) -> Iterator[tuple[Tensor, ...]]:
         """The batches of the data as they are ordered, checked."""
         for index in range(self.num_batches):
-            part = self._part(index)
+            part = self._part_in_order(index)
             batch = self.source.fetch(part)
             for tensor in batch if isinstance(self.source, Items) else ():
                 check_data(f"{self.name}[{part.start}:{part.stop}]", tensor)
@@ -86,13 +93,20 @@ class Batches:
 
     def rows(self, index: int) -> Tensor:
         """The numbers of the data in a batch of the present epoch."""
-        part = self._part(index)
-        return torch.arange(part.start, part.stop) if self._order is None else self._order[part]
+        if self._order is None:
+            part = self._part_in_order(index)
+            return torch.arange(part.start, part.stop)
+        return self._order[index]
+
+    def rows_of(self, numbers: range) -> Tensor:
+        """The numbers of the data in some batches of a shuffled epoch, ``num_batches x B``."""
+        assert self._order is not None
+        return self._order[numbers.start : numbers.stop]
 
     def batch(self, index: int) -> tuple[Tensor, ...]:
         """A batch of the present epoch."""
-        part = self._part(index)
-        return self.source.fetch(part if self._order is None else self._order[part])
+        part = self._part_in_order(index) if self._order is None else self._order[index]
+        return self.source.fetch(part)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the present epoch is, and the random state from which its order was drawn."""
@@ -115,14 +129,16 @@ class Batches:
             digest.update(t.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return f"{self.num_data} data ({digest.hexdigest()[:12]})"
 
-    def _part(self, index: int) -> slice:
-        """Where a batch is in the order of the epoch."""
+    def _part_in_order(self, index: int) -> slice:
+        """Where a batch is in the data as they are ordered."""
         size, larger = divmod(self.num_data, self.num_batches)
         start = index * size + min(index, larger)
         return slice(start, start + size + (index < larger))
 
     def _draw(self) -> None:
-        """Draw the order of an epoch."""
+        """Draw the order of an epoch, ``num_batches x B``."""
         if self.shuffle:
             self._drawn_from = torch.get_rng_state()
-            self._order = torch.randperm(self.num_data).to(self.device)
+            order = torch.randperm(self.num_data).to(self.device)
+            size = self.num_data // self.num_batches
+            self._order = order[: self.num_batches * size].view(self.num_batches, size)

@@ -18,6 +18,8 @@ from pyro_lvm.infer import TraceInfo_ELBO
 from pyro_lvm.pair import Program, modules_of
 from pyro_lvm.training.batches import Batches
 from pyro_lvm.training.checkpoint import newest
+from pyro_lvm.training.choice import Compile, takes_compiled_steps
+from pyro_lvm.training.groups import Groups
 from pyro_lvm.training.loaders import Loaded
 from pyro_lvm.training.preflight import (
     check_alike,
@@ -31,6 +33,7 @@ from pyro_lvm.training.preflight import (
 )
 from pyro_lvm.training.result import Fit, Stopped
 from pyro_lvm.training.sources import Data
+from pyro_lvm.training.step_graph import Clip
 from pyro_lvm.training.surroundings import evaluating, interrupted, moved, quiet_lightning
 
 if TYPE_CHECKING:
@@ -40,6 +43,7 @@ __all__ = ["Fit", "Stopped", "fit"]
 
 Minibatches = Batches | Loaded
 MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+_STEPS_IN_A_GROUP = 32  # Lightning's work around a batch is done once for as many compiled steps
 _EVALUATION_BATCH = 1024  # validation needs no gradients, so that larger batches fit
 
 
@@ -57,6 +61,7 @@ def fit(
     plate: str | None = None,
     device: str | torch.device = "auto",
     seed: int | None = None,
+    compile: Compile = "auto",
     progress: bool = True,
     checkpoint_dir: str | Path | None = None,
     checkpoint_every: int | timedelta = timedelta(minutes=1),
@@ -103,6 +108,12 @@ def fit(
         device: "auto" (a CUDA device if there is one), "cpu", "cuda", "cuda:1", ...
         seed: Seed of all random numbers of the run; the generators go on from where they are if
             None.
+        compile: Whether loss, gradient and update are compiled to one graph, see `CompiledStep`;
+            "auto" compiles runs of 10,000 steps and more, if it can. It takes some ten seconds, and
+            then a step costs its arithmetic and no Python. Data must be tensors, the optimiser
+            Adam, AdamW, SGD or Pyro's ClippedAdam, and callbacks act between epochs. Python that
+            changes from step to step is frozen while a graph is in use: the graph is compared with
+            Python at the start of every epoch, and given up with a warning if they differ.
         progress: Whether a terminal shows a progress bar for runs longer than two seconds.
         checkpoint_dir: A folder for checkpoints, which is made if need be; none are written if
             None. It keeps the last two, and ``best.pt`` with the best epoch's parameters.
@@ -119,8 +130,9 @@ def fit(
     Raises:
         TypeError: If data are not tensors, the objective has no differentiable loss, or the
             optimizer is none of torch's.
-        ValueError: If data, pair and objective do not fit together, or the checkpoint is that of
-            another run; nothing is trained then.
+        ValueError: If data, pair and objective do not fit together, compiled steps are asked for
+            where they are not possible, or the checkpoint is that of another run; nothing is
+            trained then.
     """
     elbo = TraceInfo_ELBO() if elbo is None else elbo
     check_objective(elbo)
@@ -146,6 +158,16 @@ def fit(
         from pyro_lvm.training.saving import Checkpoints
 
     module = _checked_module(model, guide, elbo, optimizer or _adam, batches, held_out, plate)
+    compiled = takes_compiled_steps(
+        _as_before(compile, directory) if resume else compile,
+        batches,
+        module.configure_optimizers,
+        epochs=epochs,
+        callbacks=callbacks,
+        settings=settings,
+    )
+    if compiled:
+        module = _compiled(module, settings)
     example = batches.smallest
     best, checkpoint = BestParameters(), None
     callbacks = [best, *callbacks]
@@ -153,13 +175,13 @@ def fit(
         callbacks.append(EpochProgress(epochs))
     with moved(module, target):
         if directory is not None:
-            run = _description(module, batches, held_out, seed)
+            run = _description(module, batches, held_out, seed, compiled=compiled)
             checkpoint = _last_checkpoint(directory, run, epochs) if resume else None
             fresh = checkpoint is None
             callbacks.append(Checkpoints(directory, checkpoint_every, best, run, fresh=fresh))
         stopped = _train(
             module,
-            batches.to(target),
+            _grouped(batches.to(target)) if compiled else batches.to(target),
             held_out and held_out.to(target),
             epochs=epochs,
             patience=patience,
@@ -213,9 +235,25 @@ def _checked_module(
     return module
 
 
+def _compiled(module: "PairModule", settings: dict[str, Any]) -> "PairModule":
+    """The same pair for compiled steps, which clip gradients themselves."""
+    from pyro_lvm.training.compiled_module import CompiledPairModule
+
+    bound = settings.pop("gradient_clip_val", None) or None
+    kind = settings.pop("gradient_clip_algorithm", None) or "norm"
+    if kind not in ("norm", "value"):
+        raise ValueError(f"Expected gradient_clip_algorithm 'norm' or 'value'; got {kind!r}.")
+    return CompiledPairModule.of(module, Clip(**{kind: bound}))
+
+
+def _grouped(batches: Minibatches) -> Groups:
+    assert isinstance(batches, Batches)
+    return Groups(batches, _STEPS_IN_A_GROUP)
+
+
 def _train(
     module: "PairModule",
-    batches: Minibatches,
+    batches: Minibatches | Groups,
     held_out: Minibatches | None,
     *,
     epochs: int,
@@ -257,8 +295,21 @@ def _train(
     return "no improvement" if waiting and waiting.exhausted else "a callback or setting"
 
 
+def _as_before(compile: Compile, directory: Path | None) -> Compile:
+    """What a run was that is to go on: its steps are compiled again, or not again."""
+    found = None if directory is None else newest(directory)
+    if compile != "auto" or found is None:
+        return compile
+    return found[1].get("settings", {}).get("compiled", compile)
+
+
 def _description(
-    module: "PairModule", batches: Minibatches, held_out: Minibatches | None, seed: int | None
+    module: "PairModule",
+    batches: Minibatches,
+    held_out: Minibatches | None,
+    seed: int | None,
+    *,
+    compiled: bool,
 ) -> dict[str, Any]:
     """What a run must have in common with another one that goes on from its checkpoint."""
     from pyro_lvm.training.saving import describe_optimizer
@@ -270,6 +321,7 @@ def _description(
         "seed": seed,
         "elbo": type(module.elbo).__name__,
         "optimizer": describe_optimizer(module.configure_optimizers()),
+        "compiled": compiled,
     }
 
 

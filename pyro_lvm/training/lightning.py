@@ -27,7 +27,7 @@ from pyro_lvm.training.history import History
 from pyro_lvm.training.randomness import random_state, set_random_state
 from pyro_lvm.training.tensors import PairTensors, check_same_tensors
 
-__all__ = ["Optimizer", "PairModule"]
+__all__ = ["Optimizer", "PairModule", "Unseen", "is_at_hand"]
 
 Optimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 _SEEN_TOGETHER = 256  # steps on a device whose losses are looked at once, as a look waits for it
@@ -79,13 +79,14 @@ class PairModule(pl.LightningModule):
         plate: str = "data",
     ) -> None:
         super().__init__()
+        self.given = model, guide, elbo, optimizer
         guide = no_guide if guide is None else guide
         self.elbo, self.optimizer, self.num_data = elbo, optimizer, num_data
         self.plate = plate
         self.owners = nn.ModuleList(modules_of(model, guide, getattr(elbo, "divergence", None)))
         model, guide = (plate_size(p, num_data, plate=plate) for p in (model, guide))
         self.programs = model, guide
-        self._example = example
+        self.example = example
         self.tensors = PairTensors(self.owners, self._declared)
         if not self.trained:
             raise ValueError(
@@ -95,7 +96,7 @@ class PairModule(pl.LightningModule):
         self.means = History()
         self.diagnosis: str | None = None
         self._newcomers = Newcomers()
-        self._unseen: list[_Unseen] = []
+        self._unseen: list[Unseen] = []
         self._random_state: dict[str, Any] | None = None
 
     @property
@@ -244,8 +245,8 @@ class PairModule(pl.LightningModule):
             loss = torch.tensor(math.nan)
             parts = {"loss": loss}
         self.means.add(parts, len(batch[0]), prefix)
-        if not _is_at_hand(loss):
-            self._look_later(_Unseen(prefix, index, loss.detach()))
+        if not is_at_hand(loss):
+            self._look_later(Unseen(prefix, index, loss.detach()))
         elif not math.isfinite(loss.item()):
             with untouched_random_state(batch):
                 torch.set_rng_state(before)  # the draws that led there
@@ -253,7 +254,7 @@ class PairModule(pl.LightningModule):
             return None
         return loss
 
-    def _look_later(self, unseen: "_Unseen") -> None:
+    def _look_later(self, unseen: "Unseen") -> None:
         """Keep a loss of which the device may not have come to know yet."""
         self._unseen.append(unseen)
         if len(self._unseen) >= _SEEN_TOGETHER:
@@ -291,7 +292,7 @@ class PairModule(pl.LightningModule):
 
     def _declared(self, device: torch.device | None) -> list[Tensor]:
         """What a run of the pair declares."""
-        return parameters_of(*self.programs, tuple(t.to(device) for t in self._example))
+        return parameters_of(*self.programs, tuple(t.to(device) for t in self.example))
 
     def _declare_under(self, state: Mapping[str, Any], known: Mapping[str, Any]) -> None:
         """Run the pair as it was when the checkpoint was written, for it may declare more then."""
@@ -302,7 +303,7 @@ class PairModule(pl.LightningModule):
         self.load_state_dict(before, strict=False)
 
 
-class _Unseen(NamedTuple):
+class Unseen(NamedTuple):
     """The loss of a batch that nobody has looked at yet."""
 
     prefix: str
@@ -310,6 +311,6 @@ class _Unseen(NamedTuple):
     loss: Tensor
 
 
-def _is_at_hand(loss: Tensor) -> bool:
+def is_at_hand(loss: Tensor) -> bool:
     """Whether a loss can be looked at without waiting for a device."""
     return loss.device.type == "cpu"

@@ -18,6 +18,7 @@ from pyro_lvm.training.tracing import Footprint, footprint, trace
 __all__ = [
     "NotRecordable",
     "Recording",
+    "difference",
     "kind_of",
     "reason_of",
     "record",
@@ -66,9 +67,7 @@ class Recording:
 
     def other_loss(self, loss: Tensor) -> str | None:
         """How a compiled loss under the same random numbers differs; None if it does not."""
-        if self.is_redrawn or _close(loss.detach(), self.loss):
-            return None
-        return f"the loss is {float(loss):.8g} where Python's is {float(self.loss):.8g}"
+        return None if self.is_redrawn else difference(loss.detach(), self.loss)
 
     def other_gradient(self, loss: Tensor) -> str | None:
         """How the gradient of a compiled loss differs; None if it does not."""
@@ -186,6 +185,13 @@ def _kind(leaf: Any) -> Hashable:
     if not isinstance(leaf, Tensor):
         return type(leaf), leaf
     return leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad
+
+
+def difference(loss: Tensor, python: Tensor) -> str | None:
+    """How a loss differs from that of Python, in words; None if it does not."""
+    if _close(loss, python):
+        return None
+    return f"the loss is {float(loss):.8g} where Python's is {float(python):.8g}"
 
 
 def _close(value: Tensor, reference: Tensor) -> bool:

@@ -11,15 +11,25 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
 
 from pyro_lvm.checks import check_count, check_data, check_positive
-from pyro_lvm.pair import Program, modules_of, no_guide, parameters_of, plate_size
+from pyro_lvm.pair import (
+    Program,
+    modules_of,
+    no_guide,
+    parameters_of,
+    plate_size,
+    untouched_random_state,
+)
 from pyro_lvm.training.objective import check_differentiable, loss_and_parts
 from pyro_lvm.training.recording import (
     NotRecordable,
+    Recording,
+    difference,
     kind_of,
     reason_of,
     record,
     settings_of,
     tensors_of,
+    unchanged,
 )
 from pyro_lvm.training.step_graph import Clip, StepBackend, StepGraph, inductor
 from pyro_lvm.training.tracing import Footprint
@@ -40,7 +50,8 @@ class CompiledStep:
 
     The optimiser stays what it is: its ``state_dict`` is up to date after every call, and learning
     rates are read from its groups in every call, so that schedulers work (a rate holds for all
-    steps of a call). What can't be recorded runs in Python, and a warning says why, once; see
+    steps of a call). A step whose loss is not finite changes no parameter. What can't be recorded
+    runs in Python, and a warning says why, once; see
     `compile` for what recording means.
 
     Args:
@@ -111,6 +122,9 @@ class CompiledStep:
         self._backend = backend or inductor
         self._draws = None if batch_size is None else _Draws(num_steps, batch_size)
         self._footprint: Footprint | None = None
+        self._recording: Recording | None = None  # the last one
+        self._recorded_kind: Hashable = None
+        self._given_up = False
         self._graphs: dict[Hashable, StepGraph | None] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -146,8 +160,36 @@ class CompiledStep:
         batches = [args] * self._num_steps if index is None else [_rows(args, i) for i in index]
         return torch.stack([self._step_in_python(batch, kwargs) for batch in batches])
 
+    def check(self, *args: Any, **kwargs: Any) -> str | None:
+        """Compare what was recorded with Python as it is now, on the arguments of one step.
+
+        Both losses are computed under the same random numbers, which stay as they were, and so do
+        buffers. Python that counts calls, or a number that has changed, shows here.
+
+        Returns:
+            How they differ; None if they do not, or if nothing was recorded.
+        """
+        if self._recording is None or not self._recording.footprint.is_current():
+            return None
+        states = self._recording.footprint.states
+        with torch.enable_grad(), untouched_random_state(args, kwargs), unchanged(states):
+            python = loss_and_parts(self.elbo, *self.programs, args, kwargs, parts=self._parts)[0]
+        inputs = [*self._recording.inputs, *tensors_of((args, kwargs))]
+        if kind_of(args, kwargs) != self._recorded_kind:
+            return None
+        with torch.no_grad(), untouched_random_state(args, kwargs), unchanged(states):
+            recorded = self._recording.graph(*inputs)[0]
+        return difference(recorded, python.detach())
+
+    def give_up(self, reason: str) -> None:
+        """Run in Python from now on, and say why."""
+        self._given_up = True
+        self._fall_back(reason, stacklevel=3)
+
     def _graph(self, index: Tensor | None, args: tuple, kwargs: dict) -> StepGraph | None:
         """The graph for these arguments; None if they run in Python."""
+        if self._given_up:
+            return None
         try:
             kind = None if index is None else index.shape, kind_of(args, kwargs)
         except TypeError as error:
@@ -172,6 +214,7 @@ class CompiledStep:
             self._fall_back(str(reason))
             return None
         self._footprint, self.names = recording.footprint, recording.names
+        self._recording, self._recorded_kind = recording, kind_of(example, kwargs)
         try:
             return StepGraph(
                 recording,
@@ -206,7 +249,8 @@ class CompiledStep:
             clip_grad_norm_(parameters, self._clip.norm)
         if self._clip.value is not None:
             clip_grad_value_(parameters, self._clip.value)
-        optimizer.step()
+        if torch.isfinite(loss):
+            optimizer.step()
         self.names = tuple(parts)
         return torch.stack([loss.detach(), *(v.to(loss) for v in parts.values())])
 
@@ -214,12 +258,11 @@ class CompiledStep:
         groups = [] if self.optimizer is None else self.optimizer.param_groups
         return settings_of(self.elbo, self._footprint), tuple(_settings_of(g) for g in groups)
 
-    def _fall_back(self, reason: str) -> None:
+    def _fall_back(self, reason: str, stacklevel: int = 6) -> None:
         if self.fallback_reason is None:
             self.fallback_reason = reason
-            warnings.warn(
-                f"These steps are not compiled, but run in Python: {reason}.", stacklevel=6
-            )
+            text = f"These steps are not compiled, but run in Python: {reason}."
+            warnings.warn(text, stacklevel=stacklevel)
 
 
 class _Draws:

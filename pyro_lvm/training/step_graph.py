@@ -229,6 +229,7 @@ def _steps_function(
             inputs = [next(trained) if yes else next(rest) for yes in is_trained]
             outputs = recording.graph(*inputs, *batch)
             gradient = torch.autograd.grad(outputs[0] / divisor, leaves)
+        is_finite = outputs[0].detach().isfinite()  # a step that is lost leaves all as it was
         counts = [count + 1 for count in now.counts]
         rates = [rate * rule.decay for rate, rule in zip(now.rates, rules, strict=True)]
         parameters, slots = [], []
@@ -236,8 +237,11 @@ def _steps_function(
             now.parameters, clip(list(gradient)), now.slots, groups, cohorts, strict=True
         ):
             new, state = rules[group].update(p.detach(), g, slot, counts[cohort], rates[group])
-            parameters.append(new.to(p.dtype))  # rates and counts are in double precision
-            slots.append({name: value.to(p.dtype) for name, value in state.items()})
+            # rates and counts are in double precision
+            parameters.append(torch.where(is_finite, new.to(p.dtype), p.detach()))
+            slots.append(
+                {n: torch.where(is_finite, v.to(p.dtype), slot[n]) for n, v in state.items()}
+            )
         row = torch.stack([o.detach().to(outputs[0].dtype) for o in outputs])
         return now._replace(parameters=parameters, slots=slots, counts=counts, rates=rates), row
 
