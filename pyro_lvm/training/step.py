@@ -273,10 +273,14 @@ class _Draws:
         self.shape, self.wanted = (num_steps, batch_size), num_steps * batch_size
         self.order = torch.empty(0, dtype=torch.long)
         self.position = 0
+        self.data: Tensor | None = None
 
     def __call__(self, data: tuple) -> Tensor:
         """The rows of the next steps, ``num_steps x B``; what is left of an epoch is left out."""
-        size = len(check_data("data", data[0] if data else None))
+        first = data[0] if data else None
+        if first is None or first is not self.data:
+            self.data = check_data("data", first)  # looks at all values, hence not in every call
+        size = len(self.data)
         if size < self.wanted:
             raise ValueError(
                 f"Expected data for {self.shape[0]} minibatches of {self.shape[1]} in a call; got "
