@@ -42,8 +42,7 @@ class _Tensors(NamedTuple):
     Attributes:
         parameters: Those that are trained.
         slots: What the optimiser keeps for each of them.
-        counts: For each of them, its steps so far; one tensor for all that agree.
-        rates: The learning rate of each group.
+        factors: What the updates of each step multiply by, see `_Factors`.
         rest: Other inputs of the loss: states, parameters that are not trained, constants.
         rows: The rows of each step's minibatch, ``num_steps x B``; none if it is the data.
         data: The tensors among the arguments.
@@ -51,8 +50,7 @@ class _Tensors(NamedTuple):
 
     parameters: list[Tensor]
     slots: list[dict[str, Tensor]]
-    counts: list[Tensor]
-    rates: list[Tensor]
+    factors: Tensor
     rest: list[Tensor]
     rows: list[Tensor]
     data: list[Tensor]
@@ -99,16 +97,25 @@ class StepGraph:
         self.trained = [p for p, yes in zip(recording.inputs, self.is_trained, strict=True) if yes]
         if not self.trained:
             raise ValueError("Expected an optimiser of parameters that the loss depends on")
-        self.groups = [group_of[id(p)] for p in self.trained]
-        self.tensors = self._gather(index, data)
-        self._rates_seen: list[Any] = [None] * len(self.rules)
-        self._follow_rates()
+        groups = [group_of[id(p)] for p in self.trained]
+        slots = [
+            _slots(optimizer, p, self.rules[group])
+            for p, group in zip(self.trained, groups, strict=True)
+        ]
+        self.factors = _Factors(optimizer, self.rules, self.trained, groups, num_steps)
+        self.tensors = _Tensors(
+            parameters=self.trained,
+            slots=slots,
+            factors=self.factors.table,
+            rest=[t for t, yes in zip(recording.inputs, self.is_trained, strict=True) if not yes],
+            rows=[] if index is None else [index],
+            data=data,
+        )
         steps = _steps_function(
             recording,
             self.is_trained,
-            self.groups,
-            self.rules,
-            self.cohorts,
+            [self.rules[group] for group in groups],
+            self.factors.lines,
             num_steps=num_steps,
             divisor=divisor,
             clip=clip,
@@ -117,37 +124,16 @@ class StepGraph:
 
     def __call__(self, index: Tensor | None, data: list[Tensor]) -> Tensor:
         """Take the steps; returns each one's loss and parts, ``num_steps x (1 + parts)``."""
-        self._follow_rates()
+        self.factors.fill()
         given = data if index is None else [index, *data]
         with torch.no_grad():
             (table,) = self.run(*self.fixed, *given)
-        self._count()
+        self.factors.count()
         return table
 
     def is_current(self) -> bool:
         """Whether pair and optimiser still hold the tensors that this graph changes."""
         return self.recording.footprint.is_current() and self.optimizer.state is self._state
-
-    def _gather(self, index: Tensor | None, data: list[Tensor]) -> _Tensors:
-        slots = [
-            _slots(self.optimizer, p, self.rules[group])
-            for p, group in zip(self.trained, self.groups, strict=True)
-        ]
-        device = self.trained[0].device
-        steps = [float(self.optimizer.state[p].get("step", 0)) for p in self.trained]
-        distinct = sorted(set(steps))
-        self.cohorts = [distinct.index(step) for step in steps]
-        return _Tensors(
-            parameters=self.trained,
-            slots=slots,
-            counts=[torch.tensor(step, dtype=torch.float64, device=device) for step in distinct],
-            rates=[torch.zeros((), dtype=torch.float64, device=device) for _ in self.rules],
-            rest=[
-                t for t, yes in zip(self.recording.inputs, self.is_trained, strict=True) if not yes
-            ],
-            rows=[] if index is None else [index],
-            data=data,
-        )
 
     def _compile(self, steps: Callable[[_Tensors], Tensor], backend: StepBackend) -> None:
         inputs, spec = tree_flatten(self.tensors)
@@ -173,35 +159,67 @@ class StepGraph:
         if reason is not None:
             raise ValueError(reason)
 
-    def _follow_rates(self) -> None:
-        """Copy learning rates that have changed to where the graph reads them."""
-        for i, (rate, group) in enumerate(
-            zip(self.tensors.rates, self.optimizer.param_groups, strict=True)
-        ):
-            if isinstance(group["lr"], Tensor):
-                rate.copy_(group["lr"])
-            elif group["lr"] != self._rates_seen[i]:
-                rate.fill_(group["lr"])
-                self._rates_seen[i] = group["lr"]
 
-    def _count(self) -> None:
+class _Factors:
+    """What the updates of the next steps multiply by: numbers of the host, as one tensor.
+
+    Steps and learning rates are counted by the host, in double precision. A graph that computed the
+    factors from them would do so for every entry of every parameter.
+
+    Attributes:
+        table: ``num_steps x lines x factors``, where the graph reads them.
+        lines: For each parameter the line that is its own; parameters of a group that have taken as
+            many steps share one.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        rules: list[Rule],
+        trained: list[Tensor],
+        groups: list[int],
+        num_steps: int,
+    ) -> None:
+        self.optimizer, self.rules, self.trained = optimizer, rules, trained
+        states = [optimizer.state[p] for p in trained]
+        taken = [int(state.get("step", 0)) for state in states]
+        kinds = list(dict.fromkeys(zip(groups, taken, strict=True)))
+        self.lines = [kinds.index(kind) for kind in zip(groups, taken, strict=True)]
+        self.groups = [group for group, _ in kinds]
+        self.taken = [count for _, count in kinds]
+        width = max(rule.num_factors for rule in rules)
+        is_double = any(p.dtype == torch.float64 for p in trained)
+        dtype = torch.float64 if is_double else torch.float32
+        self.on_host = torch.zeros(num_steps, len(kinds), width, dtype=dtype)
+        self.table = self.on_host.to(trained[0].device)
+        self.values = self.on_host.numpy()  # numbers get into it in no time
+        self.counters = [s["step"] for s in states if isinstance(s.get("step"), Tensor)]
+        self.fill()
+
+    def fill(self) -> None:
+        """Compute them for the next steps, from the learning rates as they are."""
+        for line, (group, taken) in enumerate(zip(self.groups, self.taken, strict=True)):
+            rule, rate = self.rules[group], float(self.optimizer.param_groups[group]["lr"])
+            for i, values in enumerate(self.values[:, line]):
+                rate *= rule.decay
+                factors = rule.factors(taken + i + 1, rate)
+                values[: len(factors)] = factors
+        if self.table is not self.on_host:
+            self.table.copy_(self.on_host, non_blocking=True)
+
+    def count(self) -> None:
         """Say in the optimiser's own state, and in its groups, how many steps were taken."""
-        steps = []
-        for p in self.trained:
-            state = self.optimizer.state[p]
-            if isinstance(state.get("step"), Tensor):
-                steps.append(state["step"])
-            elif "step" in state:
-                state["step"] += self.num_steps
-        if steps:
-            torch._foreach_add_(steps, self.num_steps)
-        for i, (rule, group) in enumerate(
-            zip(self.rules, self.optimizer.param_groups, strict=True)
-        ):
-            if rule.decay != 1:
-                for _ in range(self.num_steps):
-                    group["lr"] *= rule.decay
-                self._rates_seen[i] = group["lr"]
+        num_steps = len(self.values)
+        self.taken = [count + num_steps for count in self.taken]
+        if self.counters:
+            torch._foreach_add_(self.counters, num_steps)
+        else:
+            for p in self.trained:
+                if "step" in self.optimizer.state[p]:
+                    self.optimizer.state[p]["step"] += num_steps
+        for rule, group in zip(self.rules, self.optimizer.param_groups, strict=True):
+            for _ in range(num_steps if rule.decay != 1 else 0):
+                group["lr"] *= rule.decay
 
 
 def inductor(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Sequence[Tensor]]:
@@ -212,17 +230,26 @@ def inductor(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Seque
 def _steps_function(
     recording: Recording,
     is_trained: list[bool],
-    groups: list[int],
     rules: list[Rule],
-    cohorts: list[int],
+    lines: list[int],
     *,
     num_steps: int,
     divisor: float,
     clip: Clip,
 ) -> Callable[[_Tensors], Tensor]:
-    """The steps as a function of tensors, which it changes in place."""
+    """The steps as a function of tensors, which it changes in place.
 
-    def one_step(now: _Tensors, batch: list[Tensor]) -> tuple[_Tensors, Tensor]:
+    Args:
+        recording: The loss.
+        is_trained: For each input of the loss, whether it is trained.
+        rules: The update of each parameter.
+        lines: The line of each parameter among the factors.
+        num_steps: How many steps.
+        divisor: What the loss is divided by.
+        clip: Bounds of the gradient.
+    """
+
+    def one_step(now: _Tensors, batch: list[Tensor], factors: Tensor) -> tuple[_Tensors, Tensor]:
         leaves = [p.detach().requires_grad_() for p in now.parameters]
         trained, rest = iter(leaves), iter(now.rest)
         with torch.enable_grad():
@@ -230,28 +257,24 @@ def _steps_function(
             outputs = recording.graph(*inputs, *batch)
             gradient = torch.autograd.grad(outputs[0] / divisor, leaves)
         is_finite = outputs[0].detach().isfinite()  # a step that is lost leaves all as it was
-        counts = [count + 1 for count in now.counts]
-        rates = [rate * rule.decay for rate, rule in zip(now.rates, rules, strict=True)]
         parameters, slots = [], []
-        for p, g, slot, group, cohort in zip(
-            now.parameters, clip(list(gradient)), now.slots, groups, cohorts, strict=True
+        for p, g, slot, rule, line in zip(
+            now.parameters, clip(list(gradient)), now.slots, rules, lines, strict=True
         ):
-            new, state = rules[group].update(p.detach(), g, slot, counts[cohort], rates[group])
-            # rates and counts are in double precision
-            parameters.append(torch.where(is_finite, new.to(p.dtype), p.detach()))
-            slots.append(
-                {n: torch.where(is_finite, v.to(p.dtype), slot[n]) for n, v in state.items()}
-            )
+            mine = factors[line].to(p.dtype).unbind()[: rule.num_factors]
+            new, state = rule.update(p.detach(), g, slot, mine)
+            parameters.append(torch.where(is_finite, new, p.detach()))
+            slots.append({n: torch.where(is_finite, v, slot[n]) for n, v in state.items()})
         row = torch.stack([o.detach().to(outputs[0].dtype) for o in outputs])
-        return now._replace(parameters=parameters, slots=slots, counts=counts, rates=rates), row
+        return now._replace(parameters=parameters, slots=slots), row
 
     def steps(start: _Tensors) -> Tensor:
         now, rows = start, []
         for i in range(num_steps):
             batch = [d[start.rows[0][i]] for d in start.data] if start.rows else start.data
-            now, row = one_step(now, batch)
+            now, row = one_step(now, batch, start.factors[i])
             rows.append(row)
-        for old, new in zip(tree_flatten(start[:4])[0], tree_flatten(now[:4])[0], strict=True):
+        for old, new in zip(tree_flatten(start[:2])[0], tree_flatten(now[:2])[0], strict=True):
             old.copy_(new)
         return torch.stack(rows)
 

@@ -4,7 +4,8 @@ An optimiser keeps its own state and settings: what is here reads them, computes
 without Python, and leaves state behind that the optimiser itself can go on from.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 __all__ = ["Rule", "rule_of"]
 
 State = dict[str, Tensor]
-Update = Callable[[Tensor, Tensor, State, Tensor, Tensor], tuple[Tensor, State]]
+Update = Callable[[Tensor, Tensor, State, Sequence[Tensor]], tuple[Tensor, State]]
 
 
 @dataclass(frozen=True)
@@ -25,17 +26,25 @@ class Rule:
 
     Attributes:
         state_names: Tensors that the optimiser keeps for each parameter, of its shape.
-        update: From a parameter, its gradient, its state, the number of this step (from 1) and the
-            learning rate, both scalar tensors, to the new parameter and state.
+        factors: From the number of a step (from 1) and the learning rate to the numbers that the
+            update of this step needs. They are computed once, and not for every entry.
+        update: From a parameter, its gradient, its state and the factors, as tensors, to the new
+            parameter and state.
         decay: What the learning rate is multiplied by before every step.
         first_count: From a parameter to the count of its steps at the start, as the optimiser
             keeps it; None if it does not.
     """
 
     state_names: tuple[str, ...]
+    factors: Callable[[int, float], tuple[float, ...]]
     update: Update
     decay: float = 1.0
     first_count: Callable[[Tensor], Any] | None = None
+
+    @property
+    def num_factors(self) -> int:
+        """How many factors there are."""
+        return len(self.factors(1, 0.0))
 
 
 def rule_of(optimizer: Optimizer, group: Mapping[str, Any]) -> Rule:
@@ -56,22 +65,25 @@ def rule_of(optimizer: Optimizer, group: Mapping[str, Any]) -> Rule:
 
 def _adam(group: Mapping[str, Any]) -> Rule:
     """Kingma and Ba (2015), algorithm 1, with the weight decay as a penalty."""
-    beta1, beta2 = group["betas"]
+    beta1, beta2 = map(float, group["betas"])
     eps, penalty = group["eps"], group["weight_decay"]
     # AdamW is an Adam with this flag in newer versions of torch
     decoupled = group.get("decoupled_weight_decay", False)
 
+    def factors(step: int, lr: float) -> tuple[float, ...]:
+        return lr / (1 - beta1**step), math.sqrt(1 - beta2**step), 1 - lr * penalty
+
     def update(
-        p: Tensor, gradient: Tensor, state: State, step: Tensor, lr: Tensor
+        p: Tensor, gradient: Tensor, state: State, factors: Sequence[Tensor]
     ) -> tuple[Tensor, State]:
+        size, root_bias, kept = factors
         if penalty and decoupled:
-            p = p * (1 - lr * penalty)
+            p = p * kept
         elif penalty:
             gradient = gradient + penalty * p
-        first = torch.lerp(state["exp_avg"], gradient, 1 - beta1)
+        first = state["exp_avg"] + (gradient - state["exp_avg"]) * (1 - beta1)
         second = state["exp_avg_sq"] * beta2 + gradient * gradient * (1 - beta2)
-        root = second.sqrt() / (1 - beta2**step).sqrt() + eps
-        p = p - lr / (1 - beta1**step) * (first / root)
+        p = p - size * (first / (second.sqrt() / root_bias + eps))
         return p, {"exp_avg": first, "exp_avg_sq": second}
 
     on_device = group.get("capturable") or group.get("fused")
@@ -79,7 +91,7 @@ def _adam(group: Mapping[str, Any]) -> Rule:
     def first_count(p: Tensor) -> Tensor:
         return torch.zeros((), device=p.device if on_device else "cpu")
 
-    return Rule(("exp_avg", "exp_avg_sq"), update, first_count=first_count)
+    return Rule(("exp_avg", "exp_avg_sq"), factors, update, first_count=first_count)
 
 
 def _adamw(group: Mapping[str, Any]) -> Rule:
@@ -92,19 +104,23 @@ def _clipped_adam(group: Mapping[str, Any]) -> Rule:
     beta1, beta2 = group["betas"]
     eps, penalty, bound = group["eps"], group["weight_decay"], group["clip_norm"]
 
+    def factors(step: int, lr: float) -> tuple[float, ...]:
+        return (lr * math.sqrt(1 - beta2**step) / (1 - beta1**step),)
+
     def update(
-        p: Tensor, gradient: Tensor, state: State, step: Tensor, lr: Tensor
+        p: Tensor, gradient: Tensor, state: State, factors: Sequence[Tensor]
     ) -> tuple[Tensor, State]:
         gradient = gradient.clamp(-bound, bound)
         if penalty:
             gradient = gradient + penalty * p
         first = state["exp_avg"] * beta1 + gradient * (1 - beta1)
         second = state["exp_avg_sq"] * beta2 + gradient * gradient * (1 - beta2)
-        size = lr * (1 - beta2**step).sqrt() / (1 - beta1**step)
-        p = p - size * (first / (second.sqrt() + eps))
+        p = p - factors[0] * (first / (second.sqrt() + eps))
         return p, {"exp_avg": first, "exp_avg_sq": second}
 
-    return Rule(("exp_avg", "exp_avg_sq"), update, decay=group["lrd"], first_count=lambda _: 0)
+    return Rule(
+        ("exp_avg", "exp_avg_sq"), factors, update, decay=group["lrd"], first_count=lambda _: 0
+    )
 
 
 def _sgd(group: Mapping[str, Any]) -> Rule:
@@ -114,8 +130,9 @@ def _sgd(group: Mapping[str, Any]) -> Rule:
         raise ValueError("Expected SGD without dampening; got it set.")
 
     def update(
-        p: Tensor, gradient: Tensor, state: State, step: Tensor, lr: Tensor
+        p: Tensor, gradient: Tensor, state: State, factors: Sequence[Tensor]
     ) -> tuple[Tensor, State]:
+        (lr,) = factors
         if penalty:
             gradient = gradient + penalty * p
         if not momentum:
@@ -124,7 +141,7 @@ def _sgd(group: Mapping[str, Any]) -> Rule:
         direction = gradient + momentum * velocity if nesterov else velocity
         return p - lr * direction, {"momentum_buffer": velocity}
 
-    return Rule(("momentum_buffer",) if momentum else (), update)
+    return Rule(("momentum_buffer",) if momentum else (), lambda step, lr: (lr,), update)
 
 
 _RULES: dict[type[Optimizer], Callable[[Mapping[str, Any]], Rule]] = {
