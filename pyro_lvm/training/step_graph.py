@@ -1,7 +1,7 @@
 """The graph of whole training steps: made from a recorded loss, and run on the tensors in place."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch._inductor
