@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_lvm.checks import check_count, check_data
+from pyro_lvm.training.processes import Processes
 from pyro_lvm.training.sources import Data, Items, source_of
 
 __all__ = ["Batches"]
@@ -25,7 +26,7 @@ class Batches:
     Args:
         data: A tensor, or several, whose first dimension is the data; or a dataset whose items are
             tensors or tuples of tensors.
-        batch_size: The most data in a batch.
+        batch_size: The most data in a batch, of all processes together if several share it.
         shuffle: Whether each epoch has an order of its own, from torch's global generator.
         name: What the data are called in errors.
 
@@ -47,11 +48,17 @@ class Batches:
         self._order: Tensor | None = None
         self._next, self._goes_on = 0, False
         self._drawn_from: Tensor | None = None
+        self.processes = Processes()
 
     def to(self, device: torch.device) -> "Batches":
         """Let the batches be made on a device; tensors are moved there."""
         self.source.to(device)
         return self
+
+    def share(self, processes: Processes) -> None:
+        """Yield one process's part of each batch; the order is that of the first process."""
+        processes.share_of(self._part(self.num_batches - 1))  # the smallest one
+        self.processes = processes
 
     @property
     def device(self) -> torch.device:
@@ -86,12 +93,12 @@ class Batches:
 
     def rows(self, index: int) -> Tensor:
         """The numbers of the data in a batch of the present epoch."""
-        part = self._part(index)
+        part = self.processes.share_of(self._part(index))
         return torch.arange(part.start, part.stop) if self._order is None else self._order[part]
 
     def batch(self, index: int) -> tuple[Tensor, ...]:
         """A batch of the present epoch."""
-        part = self._part(index)
+        part = self.processes.share_of(self._part(index))
         return self.source.fetch(part if self._order is None else self._order[part])
 
     def state_dict(self) -> dict[str, Any]:
@@ -124,5 +131,5 @@ class Batches:
     def _draw(self) -> None:
         """Draw the order of an epoch."""
         if self.shuffle:
-            self._drawn_from = torch.get_rng_state()
-            self._order = torch.randperm(self.num_data).to(self.device)
+            with self.processes.first_generator() as self._drawn_from:
+                self._order = torch.randperm(self.num_data).to(self.device)

@@ -29,8 +29,14 @@ from pyro_lvm.training.preflight import (
     check_same_run,
     check_settings,
 )
+from pyro_lvm.training.processes import Processes
 from pyro_lvm.training.result import Fit, Stopped
 from pyro_lvm.training.sources import Data
+from pyro_lvm.training.strategies import (
+    check_strategy,
+    device_of_process,
+    distributed_settings,
+)
 from pyro_lvm.training.surroundings import evaluating, interrupted, moved, quiet_lightning
 
 if TYPE_CHECKING:
@@ -94,7 +100,8 @@ def fit(
         elbo: The objective, any of Pyro's or ours with a differentiable loss; ``TraceInfo_ELBO()``,
             which is the ELBO, if None.
         epochs: The most epochs.
-        batch_size: The most data in a batch; a DataLoader has its own.
+        batch_size: The most data in a batch, of all processes together where several share it; a
+            DataLoader has its own, which is shared likewise.
         optimizer: From parameters to a torch optimiser, such as
             ``lambda p: torch.optim.Adam(p, lr=1e-3)``, which it is if None.
         validation: Held-out data like ``data``.
@@ -111,7 +118,20 @@ def fit(
         resume: Whether to go on from the last checkpoint in ``checkpoint_dir`` that can be read. If
             there is none the run starts afresh. More epochs and another patience are allowed.
         callbacks: Further callbacks of Lightning.
-        trainer: Further arguments of ``lightning.pytorch.Trainer``.
+        trainer: Further arguments of ``lightning.pytorch.Trainer``. With ``{"devices": 2,
+            "strategy": "ddp"}``, and ``num_nodes`` for several machines, so many processes train
+            the pair together, see below.
+
+    With several processes each takes its part of every batch, and all have the same parameters,
+    history and end; a divergence sees the latents of all of them. One step is that of a single
+    process with the whole batch; only the random numbers are others. Lightning starts the script
+    once more for every process (or finds those of ``torchrun`` or SLURM), so that each must come to
+    the same call of `fit` with the same data. The first process alone writes checkpoints. Where an
+    error ends one of them, the others end with an error too. Parameters that come in a later call
+    are refused; "ddp" looks for parameters without a gradient in each step, and a
+    ``DDPStrategy()`` of your own need not. Of Lightning's strategies only those that start scripts
+    can be used: processes that are forked or spawned ("ddp_spawn", "ddp_notebook") would keep
+    history and parameters to themselves.
 
     Returns:
         The history of the run.
@@ -137,7 +157,7 @@ def fit(
             validation, max(batch_size, _EVALUATION_BATCH), shuffle=False, name="validation"
         )
         check_alike(batches, held_out)
-    target = _device(device, batches)
+    target = device_of_process(_device(device, batches), settings)
     if seed is not None:
         pyro.set_rng_seed(seed)
     start = time.perf_counter()
@@ -168,6 +188,8 @@ def fit(
             settings=settings,
             checkpoint=checkpoint,
         )
+    if stopped == "interrupted":
+        module.processes = Processes()  # the others are gone
     if not best.restore(module, example) and stopped != "interrupted":
         stopped = "loss not finite"
     if module.diagnosis is not None:
@@ -244,10 +266,11 @@ def _train(
                 "enable_model_summary": False,
                 "num_sanity_val_steps": 0,
                 "inference_mode": False,  # latents of a validation run may be differentiated
-                **settings,
+                **distributed_settings(settings),
                 **checkpoint_settings(callbacks, settings),
             }
         )
+        check_strategy(trainer)
         if interrupted(lambda: trainer.fit(module, batches, held_out, ckpt_path=checkpoint)):
             return "interrupted"
     if module.diverged:
