@@ -251,7 +251,7 @@ class PairModule(Together):
             with untouched_random_state(batch):
                 torch.set_rng_state(before)  # the draws that led there
                 self._end_at(prefix, index, batch, parts["loss"])
-            return None
+            return self.no_step()
         return loss
 
     def _look_later(self, unseen: "_Unseen") -> None:

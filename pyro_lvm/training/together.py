@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor
 
 from pyro_lvm.training.processes import Processes
@@ -19,10 +20,12 @@ class Together(pl.LightningModule):
         processes: This process, among those of the trainer.
         tensors: What training changes.
         num_data: The number of all training data.
+        diverged: Whether a loss or a parameter was not finite.
     """
 
     tensors: PairTensors
     num_data: int
+    diverged: bool
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,6 +71,18 @@ class Together(pl.LightningModule):
     def on_validation_end(self) -> None:
         """Stop where another process does."""
         self.stop_together()
+
+    def no_step(self) -> Tensor | None:
+        """What a step returns that changes nothing: Lightning knows None in one process alone."""
+        if self.processes.size == 1 or not torch.is_grad_enabled():
+            return None
+        return torch.stack([0 * p.sum() for p in self.tensors.trained.values()]).sum()
+
+    def on_after_backward(self) -> None:
+        """Take no step where the run ends for a loss that is not finite."""
+        if self.processes.size > 1 and self.diverged:
+            for p in self.tensors.trained.values():
+                p.grad = None
 
     def stop_together(self) -> None:
         """Stop if one of the processes is to stop."""

@@ -1,0 +1,326 @@
+"""Several processes: two of them are one with the whole batch, and end together."""
+
+import itertools
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.nn import PyroModule, PyroParam, pyro_method
+from torch import nn
+from torch.distributions import constraints
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from pyro_lvm.divergences import MMD
+from pyro_lvm.infer import TraceInfo_ELBO, info_elbo
+from pyro_lvm.training import Batches, fit
+from pyro_lvm.training.lightning import PairModule
+from pyro_lvm.training.processes import OtherProcessError
+
+TIMEOUT = 240  # seconds for all runs together, on a machine with other work
+EPOCHS = 10  # of five batches
+
+
+class NormalAt(dist.Normal):
+    """A normal distribution whose draws come from noise that is given, as data are."""
+
+    def __init__(self, loc, scale, noise):
+        super().__init__(loc, scale)
+        self.noise = noise
+
+    def rsample(self, sample_shape=()):
+        assert not sample_shape
+        return self.loc + self.scale * self.noise
+
+    def expand(self, batch_shape, _instance=None):
+        return NormalAt(*(t.expand(batch_shape) for t in (self.loc, self.scale, self.noise)))
+
+
+class Net(PyroModule):
+    """A VAE of owned parameters. The data bring the noise of posterior and prior along."""
+
+    def __init__(self, norm=False):
+        super().__init__()
+        torch.manual_seed(5)
+        self.encoder = nn.Sequential(*[nn.BatchNorm1d(3)] * norm, nn.Linear(3, 2))
+        self.decoder = nn.Linear(2, 3)
+        self.scale = PyroParam(torch.full((2,), 0.4), constraint=constraints.positive)
+
+    @pyro_method
+    def model(self, x, noise, prior_noise):
+        zero = torch.zeros_like(prior_noise)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", NormalAt(zero, zero + 1, prior_noise).to_event(1))
+            pyro.sample("x", dist.Normal(self.decoder(z), 0.5).to_event(1), obs=x)
+            self.also(x)
+
+    def also(self, x):
+        pass
+
+    @pyro_method
+    def guide(self, x, noise, prior_noise):
+        with pyro.plate("data", len(x)):
+            loc = self.encoder(x)
+            scale = self.scale.expand_as(loc)
+            pyro.sample("z", NormalAt(loc, scale, noise).to_event(1))
+
+
+class Functions:
+    """Plain functions, all of whose parameters are in Pyro's param store."""
+
+    def __init__(self):
+        torch.manual_seed(5)
+        self.net = nn.Linear(3, 2)
+
+    def model(self, x, noise, prior_noise):
+        width = pyro.param("width", torch.tensor(0.7), constraint=constraints.positive)
+        loc = pyro.param("loc", torch.zeros(2, requires_grad=True))
+        pyro.param("unused", torch.tensor(1.0))
+        with pyro.plate("data", len(x)):
+            prior = NormalAt(loc.expand(len(x), 2), torch.ones(len(x), 2), prior_noise)
+            z = pyro.sample("z", prior.to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1, keepdim=True), width).to_event(1), obs=x)
+
+    def guide(self, x, noise, prior_noise):
+        pyro.module("net", self.net)
+        with pyro.plate("data", len(x)):
+            loc = self.net(x)
+            pyro.sample("z", NormalAt(loc, torch.full_like(loc, 0.3), noise).to_event(1))
+
+
+class Drawing(Net):
+    """The same with noise of its own, batch normalisation, and the draws of the first step."""
+
+    def __init__(self):
+        super().__init__(norm=True)
+        self.draws = []
+
+    @pyro_method
+    def guide(self, x, *_):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(self.encoder(x), self.scale).to_event(1))
+            self.draws += [] if self.draws or not self.training else [z[0].detach()]
+
+
+class Weighted(nn.Module):
+    """A divergence with a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0, 2.0]))
+
+    def forward(self, q, p):
+        return MMD()(q * self.weight, p * self.weight)
+
+
+def data(num=40, seed=11):
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randn(num, 7, generator=generator, dtype=torch.float64)
+    x, noise, prior_noise = draws.split([3, 2, 2], 1)
+    return x + torch.tensor([2.0, 0.0, -1.0]), noise, prior_noise
+
+
+def info(divergence=None):
+    return TraceInfo_ELBO(alpha=0.5, lambda_=20.0, divergence=divergence or MMD())
+
+
+def run(make=Net, **settings):
+    """A fit, and all that it leaves behind."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(3)
+    net, elbo = make(), settings.pop("elbo", TraceInfo_ELBO)()
+    settings = {"validation": data(13, seed=2), "epochs": EPOCHS, "batch_size": 8, **settings}
+    settings = {"optimizer": lambda p: torch.optim.Adam(p, lr=0.05), **settings}
+    if "LOCAL_RANK" in os.environ or __name__ == "__main__":
+        settings["trainer"] = {"devices": 2, "strategy": "ddp", **settings.pop("trainer", {})}
+    result = fit(net.model, net.guide, settings.pop("data", data()), elbo=elbo, **settings)
+    return {
+        "history": result.history,
+        "values": values_of(net, elbo),
+        "ends": (result.best_epoch, result.stopped, result.diagnosis, result.num_parameters),
+        "draws": getattr(net, "draws", None),
+    }
+
+
+def values_of(*owners):
+    modules = [m for m in owners if isinstance(m, nn.Module)]
+    modules += [e.divergence for e in owners if isinstance(getattr(e, "divergence", 0), nn.Module)]
+    owned = [t for m in modules for t in m.state_dict().values()]
+    return [t.detach().clone() for t in (*owned, *pyro.get_param_store().values())]
+
+
+# ---------------------------------------------------------------------------- runs
+
+SAME = {
+    "ELBO": {},
+    "InfoVAE": {"elbo": info},
+    "param store": {"make": Functions, "elbo": info},
+    "unequal parts": {"data": data(35), "batch_size": 7, "elbo": info},
+    "a divergence with parameters": {"elbo": lambda: info(Weighted())},
+    "gradients over two batches": {"elbo": info, "trainer": {"accumulate_grad_batches": 2}},
+    "patience": {"optimizer": lambda p: torch.optim.Adam(p, lr=2.0), "patience": 2, "epochs": 40},
+    "DataLoader": {
+        "data": DataLoader(TensorDataset(*data()), batch_size=8, shuffle=True),
+        "elbo": info,
+    },
+}
+
+
+def per_process():
+    """As the others, with a divergence that sees the latents of one process only."""
+    gather, info_elbo.gather_rows = info_elbo.gather_rows, lambda x: x
+    try:
+        return run(elbo=info)
+    finally:
+        info_elbo.gather_rows = gather
+
+
+def is_fifth(x):
+    return x[:, 0] == data()[0][5, 0]
+
+
+class Spoilt(Net):
+    """The loss of one datum is not finite as soon as a weight has grown."""
+
+    def also(self, x):
+        grown = pyro.param("grown", torch.tensor(0.5))
+        pyro.factor("spoilt", grown + torch.where(is_fifth(x), 0.9 - grown, 1.0).log())
+
+
+class Raising(Net):
+    """One datum raises an error in the second epoch."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = itertools.count()
+
+    def also(self, x):
+        if self.training and next(self.steps) > 5 and is_fifth(x).any():
+            raise ValueError("datum 5")
+
+
+class Late(Net):
+    """A parameter that comes after some steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = itertools.count()
+
+    @pyro_method
+    def guide(self, x, *rest):
+        if self.training and next(self.steps) > 5:
+            pyro.param("late", torch.tensor(1.0))
+        super().guide(x, *rest)
+
+
+class StopOne(pl.Callback):
+    """Stops one process only, after a step."""
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index):
+        trainer.should_stop |= trainer.global_step == 7 and trainer.global_rank == 1
+
+
+def resumed(folder):
+    """A run in two halves, and in one."""
+    settings = {"make": Drawing, "checkpoint_every": timedelta(0)}
+    whole = run(checkpoint_dir=folder / "whole", **settings)
+    run(checkpoint_dir=folder / "halves", **settings, epochs=4)
+    return whole, run(checkpoint_dir=folder / "halves", resume=True, **settings)
+
+
+def error_of(function, *args, **settings):
+    try:
+        function(*args, **settings)
+    except (ValueError, OtherProcessError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def by_lightning(loader):
+    """Lightning's own trainer, with our module."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(3)
+    net, elbo = Functions(), info()
+    module = PairModule(
+        net.model, net.guide, elbo, lambda p: torch.optim.Adam(p, lr=0.05),
+        example=data(), num_data=40,
+    )  # fmt: skip
+    distributed = {"devices": 2, "strategy": "ddp_find_unused_parameters_true"}
+    trainer = pl.Trainer(
+        max_epochs=EPOCHS, accelerator="cpu", logger=False, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False,
+        **(distributed if "LOCAL_RANK" in os.environ or __name__ == "__main__" else {}),
+    )  # fmt: skip
+    trainer.fit(module, loader)
+    return {"history": module.history, "values": values_of(net, elbo), "ends": None}
+
+
+def in_lightning():
+    return by_lightning(Batches(data(), 8, shuffle=True))
+
+
+def with_a_sampler():
+    return by_lightning(DataLoader(TensorDataset(*data()), batch_size=4, shuffle=True))
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return zip(*data(), strict=True)
+
+    def __len__(self):
+        return 40
+
+
+OTHERS = {
+    "one process": per_process,
+    "spoilt": lambda: run(Spoilt, validation=None),
+    "raising": lambda: error_of(run, Raising, validation=None),
+    "late": lambda: error_of(run, Late, validation=None),
+    "stop": lambda: run(callbacks=[StopOne()]),
+    "other data": lambda: error_of(run, data=data(seed=int(os.environ["LOCAL_RANK"] or 0))),
+    "too small": lambda: error_of(run, batch_size=1),
+    "stream": lambda: error_of(run, data=DataLoader(Stream(), batch_size=8)),
+    "drawing": lambda: run(Drawing, elbo=info),
+    "Lightning": in_lightning,
+    "Lightning's sampler": with_a_sampler,
+}
+
+
+def all_runs(folder):
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    results = {name: run(**settings) for name, settings in SAME.items()}
+    results |= {name: function() for name, function in OTHERS.items()}
+    results["resumed"] = resumed(folder)
+    rank = os.environ["LOCAL_RANK"]
+    (folder / f"results-{rank}").write_bytes(pickle.dumps(results))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What a script leaves behind in each of two processes."""
+    folder = tmp_path_factory.mktemp("distributed")
+    command = [sys.executable, __file__, str(folder)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=TIMEOUT)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, output
+    return [pickle.loads((folder / f"results-{rank}").read_bytes()) for rank in (0, 1)]
+
+
+if __name__ == "__main__":
+    all_runs(Path(sys.argv[1]))
