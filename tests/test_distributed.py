@@ -1,9 +1,9 @@
 """Several processes: two of them are one with the whole batch, and end together."""
 
 import itertools
-import math
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from pyro_lvm.divergences import MMD
 from pyro_lvm.infer import TraceInfo_ELBO, info_elbo
-from pyro_lvm.training import Batches, fit
+from pyro_lvm.training import Batches, checkpoint, fit, saving
 from pyro_lvm.training.lightning import PairModule
 from pyro_lvm.training.processes import OtherProcessError
 
@@ -97,6 +97,29 @@ class Functions:
             pyro.sample("z", NormalAt(loc, torch.full_like(loc, 0.3), noise).to_event(1))
 
 
+class Global(Net):
+    """The same with a latent of all data, at a point."""
+
+    @pyro_method
+    def model(self, *args):
+        pyro.sample("shift", dist.Normal(3.0, 0.1))
+        super().model(*args)
+
+    @pyro_method
+    def guide(self, *args):
+        pyro.sample("shift", dist.Delta(pyro.param("shift_at", torch.tensor(0.0))))
+        super().guide(*args)
+
+
+class Closure(Functions):
+    """Plain functions that close over a network with running statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.BatchNorm1d(3), self.net)
+        self.state_dict = self.net.state_dict
+
+
 class Drawing(Net):
     """The same with noise of its own, batch normalisation, and the draws of the first step."""
 
@@ -129,8 +152,8 @@ def data(num=40, seed=11):
     return x + torch.tensor([2.0, 0.0, -1.0]), noise, prior_noise
 
 
-def info(divergence=None):
-    return TraceInfo_ELBO(alpha=0.5, lambda_=20.0, divergence=divergence or MMD())
+def info(divergence=None, **settings):
+    return TraceInfo_ELBO(alpha=0.5, lambda_=20.0, divergence=divergence or MMD(), **settings)
 
 
 def run(make=Net, **settings):
@@ -152,7 +175,7 @@ def run(make=Net, **settings):
 
 
 def values_of(*owners):
-    modules = [m for m in owners if isinstance(m, nn.Module)]
+    modules = [m for m in owners if hasattr(m, "state_dict")]
     modules += [e.divergence for e in owners if isinstance(getattr(e, "divergence", 0), nn.Module)]
     owned = [t for m in modules for t in m.state_dict().values()]
     return [t.detach().clone() for t in (*owned, *pyro.get_param_store().values())]
@@ -161,12 +184,16 @@ def values_of(*owners):
 # ---------------------------------------------------------------------------- runs
 
 SAME = {
-    "ELBO": {},
-    "InfoVAE": {"elbo": info},
+    "ELBO": {"validation": None},
+    "InfoVAE": {"elbo": info, "validation": None},
+    "validation": {"elbo": info},
     "param store": {"make": Functions, "elbo": info},
     "unequal parts": {"data": data(35), "batch_size": 7, "elbo": info},
     "a divergence with parameters": {"elbo": lambda: info(Weighted())},
     "gradients over two batches": {"elbo": info, "trainer": {"accumulate_grad_batches": 2}},
+    "several particles": {"elbo": lambda: info(num_particles=2, vectorize_particles=True)},
+    "several runs": {"elbo": lambda: info(num_particles=2)},
+    "a global latent": {"make": Global, "elbo": info},
     "patience": {"optimizer": lambda p: torch.optim.Adam(p, lr=2.0), "patience": 2, "epochs": 40},
     "DataLoader": {
         "data": DataLoader(TensorDataset(*data()), batch_size=8, shuffle=True),
@@ -229,18 +256,41 @@ class StopOne(pl.Callback):
         trainer.should_stop |= trainer.global_step == 7 and trainer.global_rank == 1
 
 
+def with_a_full_disk(folder):
+    """The first process can't write for some time."""
+    write, numbers = checkpoint.write, itertools.count()
+
+    def fails(*args):
+        if 5 < next(numbers) < 15:
+            raise OSError("No space left")
+        write(*args)
+
+    saving.write = fails
+    try:
+        return run(checkpoint_dir=folder, checkpoint_every=timedelta(0), epochs=4)
+    finally:
+        saving.write = write
+
+
+class Odd(pl.Callback):
+    """A callback whose state can't be in a checkpoint."""
+
+    def state_dict(self):
+        return {"model": nn.Linear(1, 1)}
+
+
 def resumed(folder):
     """A run in two halves, and in one."""
-    settings = {"make": Drawing, "checkpoint_every": timedelta(0)}
+    settings = {"make": Drawing, "checkpoint_every": timedelta(0), "epochs": 4}
     whole = run(checkpoint_dir=folder / "whole", **settings)
-    run(checkpoint_dir=folder / "halves", **settings, epochs=4)
+    run(checkpoint_dir=folder / "halves", **{**settings, "epochs": 2})
     return whole, run(checkpoint_dir=folder / "halves", resume=True, **settings)
 
 
 def error_of(function, *args, **settings):
     try:
         function(*args, **settings)
-    except (ValueError, OtherProcessError) as error:
+    except (ValueError, OtherProcessError) as error:  # what a test expects, and nothing else
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -289,7 +339,8 @@ OTHERS = {
     "other data": lambda: error_of(run, data=data(seed=int(os.environ["LOCAL_RANK"] or 0))),
     "too small": lambda: error_of(run, batch_size=1),
     "stream": lambda: error_of(run, data=DataLoader(Stream(), batch_size=8)),
-    "drawing": lambda: run(Drawing, elbo=info),
+    "drawing": lambda: run(Drawing, elbo=info, epochs=4),
+    "closure": lambda: run(Closure, elbo=info, epochs=4),
     "Lightning": in_lightning,
     "Lightning's sampler": with_a_sampler,
 }
@@ -300,7 +351,11 @@ def all_runs(folder):
     torch.set_default_dtype(torch.float64)
     results = {name: run(**settings) for name, settings in SAME.items()}
     results |= {name: function() for name, function in OTHERS.items()}
+    results["without checkpoints"] = run(epochs=4)
     results["resumed"] = resumed(folder)
+    results["full disk"] = with_a_full_disk(folder / "full")
+    odd = {"callbacks": [Odd()], "checkpoint_dir": folder / "odd"}
+    results["odd callback"] = error_of(run, **odd)
     rank = os.environ["LOCAL_RANK"]
     (folder / f"results-{rank}").write_bytes(pickle.dumps(results))
 
@@ -320,6 +375,127 @@ def results(tmp_path_factory):
                 os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, output
     return [pickle.loads((folder / f"results-{rank}").read_bytes()) for rank in (0, 1)]
+
+
+def assert_equal(one, other, tolerance=0.0):
+    """The same history, parameters, buffers and ends."""
+    for name, values in one["history"].items():
+        assert other["history"][name] == pytest.approx(values, abs=tolerance, rel=0, nan_ok=True)
+    for a, b in zip(one["values"], other["values"], strict=True):
+        torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
+    assert one["ends"] == other["ends"]
+
+
+# ---------------------------------------------------------------------------- two are one
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_two_processes_are_one(name, results, float64):
+    first, second = (r[name] for r in results)
+    assert_equal(first, second)
+    one = run(**SAME[name])
+    assert_equal(first, one, tolerance=1e-9)
+    assert abs(one["history"]["loss"][-1] - one["history"]["loss"][0]) > 0.5
+
+
+def test_a_divergence_of_single_processes_is_another_one(results, float64):
+    """So that the test above would notice."""
+    first, second = (r["one process"] for r in results)
+    assert_equal(first, second)  # gradients are still averaged
+    one = run(elbo=info)
+    losses = zip(first["history"]["loss"], one["history"]["loss"], strict=True)
+    assert all(abs(a - b) > 1e-3 for a, b in losses)
+    values = zip(first["values"], one["values"], strict=True)
+    assert max(float((a - b).abs().max()) for a, b in values) > 1e-2
+
+
+def test_our_module_in_lightnings_trainer(results, float64):
+    first, second = (r["Lightning"] for r in results)
+    assert_equal(first, second)
+    assert_equal(first, in_lightning(), tolerance=1e-9)
+    first, second = (r["Lightning's sampler"] for r in results)
+    assert_equal(first, second)
+    assert first["history"]["loss"][-1] < first["history"]["loss"][0] - 1.0
+
+
+@pytest.mark.parametrize("name", ["drawing", "closure"])
+def test_buffers_are_the_same(name, results):
+    first, second = (r[name] for r in results)
+    assert_equal(first, second)
+    means = [a for a in first["values"] if a.dtype == torch.int64]
+    assert all(int(a) > 0 for a in means)
+    assert means
+
+
+def test_processes_draw_different_noise(results):
+    (first,), (second,) = (r["drawing"]["draws"] for r in results)
+    assert (first - second).abs().min() > 1e-3
+
+
+# ---------------------------------------------------------------------------- ends
+
+
+def test_a_loss_that_is_not_finite_ends_all(results, float64):
+    first, second = (r["spoilt"] for r in results)
+    assert_equal(first, second)
+    _, stopped, diagnosis, _ = first["ends"]
+    assert stopped == "loss not finite"
+    assert "site 'spoilt' of the model" in diagnosis
+    assert diagnosis.endswith("at datum 5.")
+    with pytest.warns(UserWarning, match="at datum 5"):
+        assert_equal(first, run(Spoilt, validation=None), tolerance=1e-9)
+
+
+def test_one_that_stops_stops_all(results):
+    first, second = (r["stop"] for r in results)
+    assert_equal(first, second)
+    assert first["ends"][1] == "a callback or setting"
+    assert len(first["history"]["loss"]) == 2
+
+
+def test_an_error_in_one_ends_all(results):
+    errors = sorted(r["raising"] for r in results)
+    assert errors[0].startswith("OtherProcessError: Expected a loss in each of 2 processes; got an")
+    assert errors[1].startswith("ValueError: datum 5")
+
+
+REFUSED = {
+    "late": r"ValueError: .*got param_store.late in a later call",
+    "other data": r"ValueError: Expected the same data in 2 processes; got 40 data",
+    "too small": r"ValueError: .*for each of 2 processes; got a batch of 1\.",
+    "stream": r"ValueError: .*2 processes can share; got a DataLoader of Stream",
+    "odd callback": r"CheckpointError: Expected plain data",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_in_all(name, results):
+    first, second = (r[name] for r in results)
+    assert first == second
+    assert re.match(REFUSED[name], first)
+
+
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_notebook"])
+def test_strategies_whose_processes_do_not_come_back_are_refused(strategy, float64):
+    net = Net()
+    trainer = {"strategy": strategy, "devices": 2}
+    with pytest.raises(ValueError, match=r"starts the script once.*got .*'ddp', 'devices': 2"):
+        fit(net.model, net.guide, data(), trainer=trainer)
+
+
+# ---------------------------------------------------------------------------- checkpoints
+
+
+def test_a_resumed_run_is_an_uninterrupted_one(results):
+    for result in results:
+        assert_equal(*result["resumed"])
+    assert_equal(results[0]["resumed"][1], results[1]["resumed"][1])
+
+
+def test_a_full_disk_does_not_end_the_run(results):
+    first, second = (r["full disk"] for r in results)
+    assert_equal(first, second)
+    assert_equal(first, results[0]["without checkpoints"])
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ class PairModule(Together):
     def on_train_epoch_end(self) -> None:
         """Add the epoch's means to the history."""
         self._look()
-        self.stop_together()
+        self.come_together()
         means = self.means.end_epoch()
         self.log_dict({k: v for k, v in means.items() if not k.startswith("validation/")})
         if not all(math.isfinite(v) for k, v in means.items() if k.endswith("loss")):

@@ -20,16 +20,19 @@ class Together(pl.LightningModule):
         processes: This process, among those of the trainer.
         tensors: What training changes.
         num_data: The number of all training data.
-        diverged: Whether a loss or a parameter was not finite.
     """
 
     tensors: PairTensors
     num_data: int
-    diverged: bool
 
     def __init__(self) -> None:
         super().__init__()
         self.processes = Processes()
+
+    @property
+    def diverged(self) -> bool:
+        """Whether a loss or a parameter was not finite."""
+        raise NotImplementedError
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
         """The param store's too, so that Lightning averages their gradients over processes."""
@@ -64,13 +67,12 @@ class Together(pl.LightningModule):
         self._share(self.trainer.val_dataloaders)
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Stop where another process does, and go on with the buffers of the first."""
-        self.processes.copy_first(buffer for _, buffer in self.named_buffers())
-        self.stop_together()
+        """Come together after a step."""
+        self.come_together()
 
     def on_validation_end(self) -> None:
-        """Stop where another process does."""
-        self.stop_together()
+        """Come together after validation, which may change buffers of what is closed over."""
+        self.come_together()
 
     def no_step(self) -> Tensor | None:
         """What a step returns that changes nothing: Lightning knows None in one process alone."""
@@ -84,8 +86,9 @@ class Together(pl.LightningModule):
             for p in self.tensors.trained.values():
                 p.grad = None
 
-    def stop_together(self) -> None:
-        """Stop if one of the processes is to stop."""
+    def come_together(self) -> None:
+        """Stop if one of the processes is to stop, and go on with the buffers of the first."""
+        self.processes.copy_first(buffer for _, buffer in self.named_buffers())
         self.trainer.should_stop = self.processes.any(self.trainer.should_stop)
 
     def _share(self, loader: Any) -> None:
