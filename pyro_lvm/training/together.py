@@ -92,6 +92,8 @@ class Together(pl.LightningModule):
         self.trainer.should_stop = self.processes.any(self.trainer.should_stop)
 
     def _share(self, loader: Any) -> None:
+        if self.processes.size == 1:
+            return
         if getattr(loader, "processes", self.processes) is not self.processes:
             remedy = "All of them must load the same data, from the same seed if they are drawn."
             self.processes.check_same(loader.name, loader.digest(), remedy)
