@@ -15,6 +15,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from lightning.pytorch.accelerators import CUDAAccelerator
 from pyro.nn import PyroModule, PyroParam, pyro_method
 from torch import nn
 from torch.distributions import constraints
@@ -22,9 +23,11 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from pyro_lvm.divergences import MMD
 from pyro_lvm.infer import TraceInfo_ELBO, info_elbo
+from pyro_lvm.infer.gathering import across_processes
 from pyro_lvm.training import Batches, checkpoint, fit, saving
 from pyro_lvm.training.lightning import PairModule
 from pyro_lvm.training.processes import OtherProcessError
+from pyro_lvm.training.strategies import device_of_process, distributed_settings
 
 TIMEOUT = 240  # seconds for all runs together, on a machine with other work
 EPOCHS = 10  # of five batches
@@ -130,8 +133,10 @@ class Drawing(Net):
     @pyro_method
     def guide(self, x, *_):
         with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(self.encoder(x), self.scale).to_event(1))
-            self.draws += [] if self.draws or not self.training else [z[0].detach()]
+            loc = self.encoder(x)
+            z = pyro.sample("z", dist.Normal(loc, self.scale).to_event(1))
+            if self.training and not self.draws:
+                self.draws.append(((z - loc) / self.scale)[0].detach())
 
 
 class Weighted(nn.Module):
@@ -314,6 +319,24 @@ def by_lightning(loader):
     return {"history": module.history, "values": values_of(net, elbo), "ends": None}
 
 
+def by_hand():
+    """A training loop of torch's, with a part of all data for each process."""
+    pyro.clear_param_store()
+    net, elbo = Net(), info()
+    loss, batch, num_processes = elbo(net.model, net.guide), data(), 1
+    if "LOCAL_RANK" in os.environ:
+        loss = nn.parallel.DistributedDataParallel(loss)
+        part = slice(0, 15) if os.environ["LOCAL_RANK"] == "0" else slice(15, 40)
+        batch, num_processes = [t[part] for t in batch], 2
+    optimizer = torch.optim.Adam(loss.parameters(), lr=0.05)
+    for _ in range(10):
+        optimizer.zero_grad()
+        with across_processes():
+            (num_processes * loss(*batch)).backward()  # a sum over data, of which DDP takes a mean
+        optimizer.step()
+    return values_of(net, elbo)
+
+
 def in_lightning():
     return by_lightning(Batches(data(), 8, shuffle=True))
 
@@ -341,6 +364,7 @@ OTHERS = {
     "stream": lambda: error_of(run, data=DataLoader(Stream(), batch_size=8)),
     "drawing": lambda: run(Drawing, elbo=info, epochs=4),
     "closure": lambda: run(Closure, elbo=info, epochs=4),
+    "by hand": by_hand,
     "Lightning": in_lightning,
     "Lightning's sampler": with_a_sampler,
 }
@@ -418,6 +442,12 @@ def test_our_module_in_lightnings_trainer(results, float64):
     assert first["history"]["loss"][-1] < first["history"]["loss"][0] - 1.0
 
 
+def test_a_loop_of_ones_own(results, float64):
+    one = by_hand()
+    for result in results:
+        torch.testing.assert_close(result["by hand"], one, atol=1e-9, rtol=0)
+
+
 @pytest.mark.parametrize("name", ["drawing", "closure"])
 def test_buffers_are_the_same(name, results):
     first, second = (r[name] for r in results)
@@ -481,6 +511,28 @@ def test_strategies_whose_processes_do_not_come_back_are_refused(strategy, float
     trainer = {"strategy": strategy, "devices": 2}
     with pytest.raises(ValueError, match=r"starts the script once.*got .*'ddp', 'devices': 2"):
         fit(net.model, net.guide, data(), trainer=trainer)
+
+
+def test_each_process_has_a_device(monkeypatch):
+    monkeypatch.setattr(CUDAAccelerator, "parse_devices", staticmethod(lambda _: [2, 3]))
+    cuda = torch.device("cuda")
+    assert device_of_process(cuda, {"devices": [2, 3]}).index == 2
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert device_of_process(cuda, {"devices": [2, 3]}).index == 3
+    assert device_of_process(torch.device("cuda", 0), {"devices": "auto"}).index == 3
+    assert device_of_process(cuda, {}) == cuda
+    assert device_of_process(torch.device("cpu"), {"devices": 2}).type == "cpu"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"strategy": "ddp"}, {"devices": 2}, {"devices": [0, 1]}, {"devices": 1, "num_nodes": 2}],
+)
+def test_ddp_allows_parameters_without_a_gradient(settings):
+    expected = {**settings, "strategy": "ddp_find_unused_parameters_true"}
+    assert distributed_settings(settings) == expected
+    for other in ({}, {"devices": 1}, {"devices": 2, "strategy": "ddp_spawn"}):
+        assert distributed_settings(other) == other
 
 
 # ---------------------------------------------------------------------------- checkpoints

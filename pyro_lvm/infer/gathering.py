@@ -26,9 +26,10 @@ def across_processes(counts: Counts | None = None) -> Iterator[None]:
 
     Every process must enter it with its own part of the batch, and evaluate the same objective; one
     that does not come keeps the others waiting. In a single process nothing changes. `PairModule`
-    does this in each step; a training loop of your own does it around the loss, and weighs the loss
-    of a process with ``b`` of the ``B`` data in the batch by ``R b / B`` (1 if the ``R`` parts are
-    equal) before ``DistributedDataParallel`` averages the gradients.
+    does this in each step; a training loop of your own does it around the loss. There the mean over
+    processes that ``DistributedDataParallel`` takes must be one over data: with ``b`` of the ``B``
+    data of a batch, a process of ``R`` weighs a loss that is a mean, or scaled to all data, by
+    ``R b / B`` (1 if the parts are equal), and a loss that is a sum over its own data by ``R``.
 
     Args:
         counts: From this process's number of rows to those of all processes; `counts_of_all` if

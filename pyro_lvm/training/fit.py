@@ -176,6 +176,7 @@ def fit(
             run = _description(module, batches, held_out, seed)
             checkpoint = _last_checkpoint(directory, run, epochs) if resume else None
             fresh = checkpoint is None
+            module.goes_on_from = None if checkpoint is None else checkpoint.name
             callbacks.append(Checkpoints(directory, checkpoint_every, best, run, fresh=fresh))
         stopped = _train(
             module,
@@ -192,7 +193,7 @@ def fit(
         module.processes = Processes()  # the others are gone
     if not best.restore(module, example) and stopped != "interrupted":
         stopped = "loss not finite"
-    if module.diagnosis is not None:
+    if module.diagnosis is not None and module.processes.rank == 0:
         _warn_of(module.diagnosis, best.epoch)
     return Fit(
         history=module.history,

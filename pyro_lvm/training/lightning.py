@@ -44,6 +44,12 @@ class PairModule(Together):
     Parameters that the pair declares in a later call only are trained from that call on, in a
     group of the optimiser's defaults. A loss that is not finite ends the run.
 
+    With several devices each process has a part of every batch (`Batches` are divided here, a
+    DataLoader by Lightning's own sampler, so that its ``batch_size`` is that of one process). A
+    divergence sees the latents of all of them, and history, diagnosis and end are the same in all.
+    Parameters that come in a later call are refused then, and some that a step leaves without a
+    gradient need Lightning's strategy "ddp_find_unused_parameters_true".
+
     A checkpoint of Lightning's holds all that the module needs to go on as if nothing had happened:
     besides parameters and buffers those of Pyro's param store, the history, and the states of all
     generators of random numbers.

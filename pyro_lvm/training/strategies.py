@@ -12,9 +12,9 @@ __all__ = ["check_strategy", "device_of_process", "distributed_settings"]
 def distributed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of a trainer, where "ddp" allows parameters that a step leaves without a gradient.
 
-    A pair often has some: those of a branch that it does not take, or of a site that is masked.
+    A pair often has some, such as those of a branch that it does not take.
     """
-    if settings.get("strategy") == "ddp":
+    if settings.get("strategy") == "ddp" or _chooses_ddp(settings):
         return {**settings, "strategy": "ddp_find_unused_parameters_true"}
     return dict(settings)
 
@@ -22,13 +22,23 @@ def distributed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 def device_of_process(target: torch.device, settings: Mapping[str, Any]) -> torch.device:
     """The device of this process, if it is one of several on the CUDA devices of a machine."""
     devices = settings.get("devices", 1)
-    if target.type != "cuda" or target.index is not None or devices == 1:
+    if target.type != "cuda" or devices == 1:
         return target
     from lightning.pytorch.accelerators import CUDAAccelerator
 
     indices = CUDAAccelerator.parse_devices(-1 if devices == "auto" else devices) or [0]
     local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
     return torch.device("cuda", indices[local_rank % len(indices)])
+
+
+def _chooses_ddp(settings: Mapping[str, Any]) -> bool:
+    """Whether Lightning itself will choose "ddp", for the number of devices that is asked for."""
+    devices = settings.get("devices", 1)
+    several = len(devices) if isinstance(devices, list | tuple) else devices
+    more_than_one = isinstance(several, int) and several > 1
+    return settings.get("strategy", "auto") == "auto" and (
+        more_than_one or settings.get("num_nodes", 1) > 1
+    )
 
 
 def check_strategy(trainer: Any) -> None:

@@ -18,6 +18,7 @@ class Together(pl.LightningModule):
 
     Attributes:
         processes: This process, among those of the trainer.
+        goes_on_from: The checkpoint that the run goes on from; None for a new run.
         tensors: What training changes.
         num_data: The number of all training data.
     """
@@ -28,6 +29,7 @@ class Together(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.processes = Processes()
+        self.goes_on_from: str | None = None
 
     @property
     def diverged(self) -> bool:
@@ -52,9 +54,8 @@ class Together(pl.LightningModule):
             remedy = "All of them must make the same pair from the same data."
             self.processes.check_same("parameters and buffers", shapes, remedy)
             self.processes.check_same("number of data", self.num_data, remedy)
-            resumed = self.trainer.ckpt_path and str(self.trainer.ckpt_path)
             remedy = "All machines must see the same checkpoint_dir."
-            self.processes.check_same("checkpoint to go on from", resumed, remedy)
+            self.processes.check_same("checkpoint to go on from", self.goes_on_from, remedy)
             self.processes.draw_apart()
 
     def on_train_start(self) -> None:
