@@ -24,12 +24,12 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from pyro_lvm.divergences import MMD
 from pyro_lvm.infer import TraceInfo_ELBO, info_elbo
 from pyro_lvm.infer.gathering import across_processes
-from pyro_lvm.training import Batches, checkpoint, fit, saving
+from pyro_lvm.training import Batches, checkpoint, fit, lightning, saving
 from pyro_lvm.training.lightning import PairModule
 from pyro_lvm.training.processes import OtherProcessError
 from pyro_lvm.training.strategies import device_of_process, distributed_settings
 
-TIMEOUT = 240  # seconds for all runs together, on a machine with other work
+TIMEOUT = 180  # seconds for all runs together, on a machine with other work
 EPOCHS = 10  # of five batches
 
 
@@ -228,6 +228,15 @@ class Spoilt(Net):
         pyro.factor("spoilt", grown + torch.where(is_fifth(x), 0.9 - grown, 1.0).log())
 
 
+def spoilt_later():
+    """Losses are looked at later, as on a device."""
+    at_hand, lightning._is_at_hand = lightning._is_at_hand, lambda _: False
+    try:
+        return run(Spoilt, validation=None)
+    finally:
+        lightning._is_at_hand = at_hand
+
+
 class Raising(Net):
     """One datum raises an error in the second epoch."""
 
@@ -356,6 +365,7 @@ class Stream(IterableDataset):
 OTHERS = {
     "one process": per_process,
     "spoilt": lambda: run(Spoilt, validation=None),
+    "spoilt later": spoilt_later,
     "raising": lambda: error_of(run, Raising, validation=None),
     "late": lambda: error_of(run, Late, validation=None),
     "stop": lambda: run(callbacks=[StopOne()]),
@@ -380,6 +390,9 @@ def all_runs(folder):
     results["full disk"] = with_a_full_disk(folder / "full")
     odd = {"callbacks": [Odd()], "checkpoint_dir": folder / "odd"}
     results["odd callback"] = error_of(run, **odd)
+    elsewhere = folder / ("whole" if os.environ["LOCAL_RANK"] == "0" else "elsewhere")
+    resume = {"make": Drawing, "checkpoint_dir": elsewhere, "resume": True}
+    results["other folder"] = error_of(run, **resume)
     rank = os.environ["LOCAL_RANK"]
     (folder / f"results-{rank}").write_bytes(pickle.dumps(results))
 
@@ -476,6 +489,14 @@ def test_a_loss_that_is_not_finite_ends_all(results, float64):
         assert_equal(first, run(Spoilt, validation=None), tolerance=1e-9)
 
 
+def test_a_loss_that_is_looked_at_later_ends_all(results):
+    first, second = (r["spoilt later"] for r in results)
+    assert_equal(first, second)
+    _, stopped, diagnosis, _ = first["ends"]
+    assert stopped == "loss not finite"
+    assert diagnosis.startswith("The loss was nan in epoch 2, batch 1: ")
+
+
 def test_one_that_stops_stops_all(results):
     first, second = (r["stop"] for r in results)
     assert_equal(first, second)
@@ -494,6 +515,7 @@ REFUSED = {
     "other data": r"ValueError: Expected the same data in 2 processes; got 40 data",
     "too small": r"ValueError: .*for each of 2 processes; got a batch of 1\.",
     "stream": r"ValueError: .*2 processes can share; got a DataLoader of Stream",
+    "other folder": r"ValueError: Expected the same checkpoint .*; got step-0000000020.pt in",
     "odd callback": r"CheckpointError: Expected plain data",
 }
 
