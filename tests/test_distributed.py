@@ -1,5 +1,6 @@
 """Several processes: two of them are one with the whole batch, and end together."""
 
+import faulthandler
 import itertools
 import os
 import pickle
@@ -406,7 +407,7 @@ def results(tmp_path_factory):
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     ) as process:
         try:
-            output, _ = process.communicate(timeout=TIMEOUT)
+            output, _ = process.communicate(timeout=TIMEOUT + 20)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -573,4 +574,5 @@ def test_a_full_disk_does_not_end_the_run(results):
 
 
 if __name__ == "__main__":
+    faulthandler.dump_traceback_later(TIMEOUT, exit=True)  # whatever becomes of the tests
     all_runs(Path(sys.argv[1]))

@@ -90,6 +90,19 @@ def fit(
     callback keeps elsewhere, such as a counter in Python, it does not hold, unless the callback has
     a ``state_dict``.
 
+    With ``trainer={"devices": 2, "strategy": "ddp"}``, and ``num_nodes`` for several machines, so
+    many processes train the pair together. Each takes its part of every batch, and all have the
+    same parameters, history and end; a divergence sees the latents of all of them. One step is that
+    of a single process with the whole batch, but for other random numbers, and for the statistics
+    of batch normalisation, which are of one process's part. Lightning starts the script once more
+    for every process (or finds those of ``torchrun`` or SLURM), so that each must come to the same
+    call of `fit` with the same data. The first process alone writes checkpoints. Where an error
+    ends one of them, the others end with an error too. Parameters that come in a later call are
+    refused; "ddp" looks for parameters without a gradient in each step, and a ``DDPStrategy()`` of
+    your own need not. Of Lightning's strategies only those that start scripts can be used:
+    processes that are forked or spawned ("ddp_spawn", "ddp_notebook") would keep history and
+    parameters to themselves.
+
     Args:
         model: The model, called with one batch of each tensor in ``data``.
         guide: The guide, likewise; None if it samples nothing.
@@ -118,20 +131,7 @@ def fit(
         resume: Whether to go on from the last checkpoint in ``checkpoint_dir`` that can be read. If
             there is none the run starts afresh. More epochs and another patience are allowed.
         callbacks: Further callbacks of Lightning.
-        trainer: Further arguments of ``lightning.pytorch.Trainer``. With ``{"devices": 2,
-            "strategy": "ddp"}``, and ``num_nodes`` for several machines, so many processes train
-            the pair together, see below.
-
-    With several processes each takes its part of every batch, and all have the same parameters,
-    history and end; a divergence sees the latents of all of them. One step is that of a single
-    process with the whole batch; only the random numbers are others. Lightning starts the script
-    once more for every process (or finds those of ``torchrun`` or SLURM), so that each must come to
-    the same call of `fit` with the same data. The first process alone writes checkpoints. Where an
-    error ends one of them, the others end with an error too. Parameters that come in a later call
-    are refused; "ddp" looks for parameters without a gradient in each step, and a
-    ``DDPStrategy()`` of your own need not. Of Lightning's strategies only those that start scripts
-    can be used: processes that are forked or spawned ("ddp_spawn", "ddp_notebook") would keep
-    history and parameters to themselves.
+        trainer: Further arguments of ``lightning.pytorch.Trainer``.
 
     Returns:
         The history of the run.
