@@ -2,6 +2,7 @@
 
 import faulthandler
 import itertools
+import math
 import os
 import pickle
 import re
@@ -310,11 +311,11 @@ def error_of(function, *args, **settings):
     return None
 
 
-def by_lightning(loader):
+def by_lightning(loader, make=Functions):
     """Lightning's own trainer, with our module."""
     pyro.clear_param_store()
     pyro.set_rng_seed(3)
-    net, elbo = Functions(), info()
+    net, elbo = make(), info()
     module = PairModule(
         net.model, net.guide, elbo, lambda p: torch.optim.Adam(p, lr=0.05),
         example=data(), num_data=40,
@@ -351,6 +352,10 @@ def in_lightning():
     return by_lightning(Batches(data(), 8, shuffle=True))
 
 
+def spoilt_in_lightning():
+    return by_lightning(Batches(data(), 8, shuffle=True), Spoilt)
+
+
 def with_a_sampler():
     return by_lightning(DataLoader(TensorDataset(*data()), batch_size=4, shuffle=True))
 
@@ -377,6 +382,7 @@ OTHERS = {
     "closure": lambda: run(Closure, elbo=info, epochs=4),
     "by hand": by_hand,
     "Lightning": in_lightning,
+    "spoilt in Lightning": spoilt_in_lightning,
     "Lightning's sampler": with_a_sampler,
 }
 
@@ -488,6 +494,14 @@ def test_a_loss_that_is_not_finite_ends_all(results, float64):
     assert diagnosis.endswith("at datum 5.")
     with pytest.warns(UserWarning, match="at datum 5"):
         assert_equal(first, run(Spoilt, validation=None), tolerance=1e-9)
+
+
+def test_a_loss_that_is_not_finite_changes_nothing(results, float64):
+    """Lightning's trainer leaves the parameters where they were before that step."""
+    one = spoilt_in_lightning()
+    assert math.isnan(one["history"]["loss"][-1])
+    for result in results:
+        assert_equal(result["spoilt in Lightning"], one, tolerance=1e-9)
 
 
 def test_a_loss_that_is_looked_at_later_ends_all(results):
