@@ -10,6 +10,7 @@ from pyro.infer.util import torch_item
 from torch import Tensor, nn
 
 from pyro_lvm.checks import check_finite
+from pyro_lvm.infer.gathering import batch_is_shared, gather_rows
 from pyro_lvm.infer.host import LocalWeight, host_class, recorded
 from pyro_lvm.infer.prior import sample_prior_sites
 from pyro_lvm.pair import (
@@ -44,6 +45,12 @@ class TraceInfo_ELBO(ELBO):
     With ``N`` data and a minibatch of ``B`` (a subsampled plate) the sum over data is scaled by
     ``N / B`` and D by ``N``: ``lambda_`` means the same at every batch size, as long as the
     divergence is unbiased. With several particles D is averaged over them.
+
+    Where several processes share a batch (`fit` and `PairModule` on several devices, or a loop of
+    your own inside `pyro_lvm.infer.gathering.across_processes`), D compares the latents of all of
+    them with the prior draws of all: it is that of the whole batch, in value and gradient. Each
+    process draws its own global latents, as if they were particles, and ``p(z)`` is the mixture of
+    the priors that these give.
 
     Sites that the model enumerates are summed out inside the likelihood; ``alpha`` does not touch
     them. As ``alpha`` weighs only what is sampled, a sampled latent whose prior depends on such a
@@ -255,7 +262,7 @@ class TraceInfo_ELBO(ELBO):
             given = {n: run.guide_trace.nodes[n]["value"] for n in structure.global_latents}
             drawn = sample_prior_sites(story, names, args, kwargs, given={**given, **run.indices})
             q = self._joint({n: run.guide_trace.nodes[n] for n in names})
-            p = self._joint(drawn)
+            q, p = _of_the_whole_batch(q, self._joint(drawn))
             values += [self.divergence(q_k, p_k) for q_k, p_k in zip(q, p, strict=True)]
         return torch.stack(values).mean()
 
@@ -335,7 +342,7 @@ class TraceInfo_ELBO(ELBO):
                     f"Expected latents with a value for every datum and a pathwise gradient for "
                     f"the divergence; got site '{name}', which is {kind}. Name others by sites=."
                 )
-        if structure.num_data < 2:
+        if structure.num_data < 2 and not batch_is_shared():
             raise ValueError(
                 f"Expected at least two data in plate '{self.plate}', to compare the aggregate "
                 f"posterior with the prior; got {structure.num_data}. Use a larger batch."
@@ -348,6 +355,15 @@ class _PairLoss(ELBOModule):
     def __init__(self, model: Program, guide: Program, elbo: TraceInfo_ELBO) -> None:
         super().__init__(model, guide, elbo)
         self.owners = nn.ModuleList(modules_of(model, guide, elbo.divergence))
+
+
+def _of_the_whole_batch(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """Two tables ``K x b x D`` with the rows of all processes that share a batch."""
+    if not batch_is_shared():
+        return q, p
+    both = gather_rows(torch.cat([q, p], -1).transpose(0, 1))  # B x K x 2D
+    q, p = both.transpose(0, 1).chunk(2, -1)
+    return q, p
 
 
 def _kinds(values: Iterable[Any]) -> tuple:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_lvm.checks import check_count, check_data
+from pyro_lvm.training.processes import Processes
 from pyro_lvm.training.sources import Data, Items, source_of
 
 __all__ = ["Batches"]
@@ -27,7 +28,7 @@ class Batches:
     Args:
         data: A tensor, or several, whose first dimension is the data; or a dataset whose items are
             tensors or tuples of tensors.
-        batch_size: The most data in a batch.
+        batch_size: The most data in a batch, of all processes together if several share it.
         shuffle: Whether each epoch has an order of its own, from torch's global generator.
         name: What the data are called in errors.
 
@@ -49,11 +50,17 @@ class Batches:
         self._order: Tensor | None = None
         self._next, self._goes_on = 0, False
         self._drawn_from: Tensor | None = None
+        self.processes = Processes()
 
     def to(self, device: torch.device) -> "Batches":
         """Let the batches be made on a device; tensors are moved there."""
         self.source.to(device)
         return self
+
+    def share(self, processes: Processes) -> None:
+        """Yield one process's part of each batch; the order is that of the first process."""
+        processes.share_of(self._part_in_order(self.num_batches - 1))  # the smallest one
+        self.processes = processes
 
     @property
     def device(self) -> torch.device:
@@ -93,10 +100,8 @@ class Batches:
 
     def rows(self, index: int) -> Tensor:
         """The numbers of the data in a batch of the present epoch."""
-        if self._order is None:
-            part = self._part_in_order(index)
-            return torch.arange(part.start, part.stop)
-        return self._order[index]
+        share = self._share(index)
+        return torch.arange(share.start, share.stop) if isinstance(share, slice) else share
 
     def rows_of(self, numbers: range) -> Tensor:
         """The numbers of the data in some batches of a shuffled epoch, ``num_batches x B``."""
@@ -105,8 +110,7 @@ class Batches:
 
     def batch(self, index: int) -> tuple[Tensor, ...]:
         """A batch of the present epoch."""
-        part = self._part_in_order(index) if self._order is None else self._order[index]
-        return self.source.fetch(part)
+        return self.source.fetch(self._share(index))
 
     def state_dict(self) -> dict[str, Any]:
         """Where the present epoch is, and the random state from which its order was drawn."""
@@ -129,6 +133,12 @@ class Batches:
             digest.update(t.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return f"{self.num_data} data ({digest.hexdigest()[:12]})"
 
+    def _share(self, index: int) -> slice | Tensor:
+        """What this process has of a batch."""
+        if self._order is None:
+            return self.processes.share_of(self._part_in_order(index))
+        return self._order[index][self.processes.share_of(slice(0, self._order.shape[1]))]
+
     def _part_in_order(self, index: int) -> slice:
         """Where a batch is in the data as they are ordered."""
         size, larger = divmod(self.num_data, self.num_batches)
@@ -138,7 +148,7 @@ class Batches:
     def _draw(self) -> None:
         """Draw the order of an epoch, ``num_batches x B``."""
         if self.shuffle:
-            self._drawn_from = torch.get_rng_state()
-            order = torch.randperm(self.num_data).to(self.device)
+            with self.processes.first_generator() as self._drawn_from:
+                order = torch.randperm(self.num_data).to(self.device)
             size = self.num_data // self.num_batches
             self._order = order[: self.num_batches * size].view(self.num_batches, size)

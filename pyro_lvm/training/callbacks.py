@@ -88,7 +88,7 @@ class BestParameters(pl.Callback):
             module.tensors.put(self.snapshot.values)
         if module.has_finite_loss(example):
             return True
-        reason = module.diagnose(example, range(len(example[0])))
+        reason = module.processes.first(module.diagnose(example, range(len(example[0]))))
         module.end(f"The parameters after the last step have no finite loss: {reason}.")
         self._kept = self._kept[:1]
         module.tensors.put(self.snapshot.values)
@@ -129,7 +129,8 @@ class EpochProgress(pl.Callback):
         )
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Begin where a checkpoint was."""
+        """Begin where a checkpoint was, in the first of several processes."""
+        self.bar.disable = self.bar.disable or not trainer.is_global_zero
         self.bar.update(trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

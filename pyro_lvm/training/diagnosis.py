@@ -13,8 +13,9 @@ from torch import Tensor
 
 from pyro_lvm.pair import Program, device_of
 
-__all__ = ["Culprit", "explain", "first_not_finite"]
+__all__ = ["NOTHING_FOUND", "Culprit", "explain", "first_not_finite"]
 
+NOTHING_FOUND = "every site is finite in runs of the pair, but not what is made of them"
 _ATTEMPTS = 10  # draws of the latents, where the first ones show nothing
 
 
@@ -58,7 +59,7 @@ def explain(
     if culprit is not None:
         reasons.append(f"{culprit.reason}{_at(culprit.rows, rows, len(batch[0]))}")
     if not reasons:
-        reasons.append("every site is finite in runs of the pair, but not what is made of them")
+        reasons.append(NOTHING_FOUND)
     return "; ".join(reasons)
 
 

@@ -31,9 +31,15 @@ from pyro_lvm.training.preflight import (
     check_same_run,
     check_settings,
 )
+from pyro_lvm.training.processes import Processes
 from pyro_lvm.training.result import Fit, Stopped
 from pyro_lvm.training.sources import Data
 from pyro_lvm.training.step_graph import Clip
+from pyro_lvm.training.strategies import (
+    check_strategy,
+    device_of_process,
+    distributed_settings,
+)
 from pyro_lvm.training.surroundings import evaluating, interrupted, moved, quiet_lightning
 
 if TYPE_CHECKING:
@@ -89,6 +95,19 @@ def fit(
     callback keeps elsewhere, such as a counter in Python, it does not hold, unless the callback has
     a ``state_dict``.
 
+    With ``trainer={"devices": 2, "strategy": "ddp"}``, and ``num_nodes`` for several machines, so
+    many processes train the pair together. Each takes its part of every batch, and all have the
+    same parameters, history and end; a divergence sees the latents of all of them. One step is that
+    of a single process with the whole batch, but for other random numbers, and for the statistics
+    of batch normalisation, which are of one process's part. Lightning starts the script once more
+    for every process (or finds those of ``torchrun`` or SLURM), so that each must come to the same
+    call of `fit` with the same data. The first process alone writes checkpoints. Where an error
+    ends one of them, the others end with an error too. Parameters that come in a later call are
+    refused; "ddp" looks for parameters without a gradient in each step, and a ``DDPStrategy()`` of
+    your own need not. Of Lightning's strategies only those that start scripts can be used:
+    processes that are forked or spawned ("ddp_spawn", "ddp_notebook") would keep history and
+    parameters to themselves.
+
     Args:
         model: The model, called with one batch of each tensor in ``data``.
         guide: The guide, likewise; None if it samples nothing.
@@ -99,7 +118,8 @@ def fit(
         elbo: The objective, any of Pyro's or ours with a differentiable loss; ``TraceInfo_ELBO()``,
             which is the ELBO, if None.
         epochs: The most epochs.
-        batch_size: The most data in a batch; a DataLoader has its own.
+        batch_size: The most data in a batch, of all processes together where several share it; a
+            DataLoader has its own, which is shared likewise.
         optimizer: From parameters to a torch optimiser, such as
             ``lambda p: torch.optim.Adam(p, lr=1e-3)``, which it is if None.
         validation: Held-out data like ``data``.
@@ -149,7 +169,7 @@ def fit(
             validation, max(batch_size, _EVALUATION_BATCH), shuffle=False, name="validation"
         )
         check_alike(batches, held_out)
-    target = _device(device, batches)
+    target = device_of_process(_device(device, batches), settings)
     if seed is not None:
         pyro.set_rng_seed(seed)
     start = time.perf_counter()
@@ -178,6 +198,7 @@ def fit(
             run = _description(module, batches, held_out, seed, compiled=compiled)
             checkpoint = _last_checkpoint(directory, run, epochs) if resume else None
             fresh = checkpoint is None
+            module.goes_on_from = None if checkpoint is None else checkpoint.name
             callbacks.append(Checkpoints(directory, checkpoint_every, best, run, fresh=fresh))
         stopped = _train(
             module,
@@ -190,9 +211,11 @@ def fit(
             settings=settings,
             checkpoint=checkpoint,
         )
+    if stopped == "interrupted":
+        module.processes = Processes()  # the others are gone
     if not best.restore(module, example) and stopped != "interrupted":
         stopped = "loss not finite"
-    if module.diagnosis is not None:
+    if module.diagnosis is not None and module.processes.rank == 0:
         _warn_of(module.diagnosis, best.epoch)
     return Fit(
         history=module.history,
@@ -282,10 +305,11 @@ def _train(
                 "enable_model_summary": False,
                 "num_sanity_val_steps": 0,
                 "inference_mode": False,  # latents of a validation run may be differentiated
-                **settings,
+                **distributed_settings(settings),
                 **checkpoint_settings(callbacks, settings),
             }
         )
+        check_strategy(trainer)
         if interrupted(lambda: trainer.fit(module, batches, held_out, ckpt_path=checkpoint)):
             return "interrupted"
     if module.diverged:

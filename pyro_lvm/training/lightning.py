@@ -6,7 +6,6 @@ from contextlib import suppress
 from copy import deepcopy
 from typing import Any, NamedTuple
 
-import lightning.pytorch as pl
 import pyro
 import torch
 from pyro.infer import ELBO
@@ -21,11 +20,12 @@ from pyro_lvm.pair import (
     plate_size,
     untouched_random_state,
 )
-from pyro_lvm.training.diagnosis import explain
+from pyro_lvm.training.diagnosis import NOTHING_FOUND, explain
 from pyro_lvm.training.discovery import Newcomers
 from pyro_lvm.training.history import History
 from pyro_lvm.training.randomness import random_state, set_random_state
 from pyro_lvm.training.tensors import PairTensors, check_same_tensors
+from pyro_lvm.training.together import Together
 
 __all__ = ["Optimizer", "PairModule", "Unseen", "is_at_hand"]
 
@@ -33,7 +33,7 @@ Optimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 _SEEN_TOGETHER = 256  # steps on a device whose losses are looked at once, as a look waits for it
 
 
-class PairModule(pl.LightningModule):
+class PairModule(Together):
     """A (model, guide) pair with an objective, for ``lightning.pytorch.Trainer``.
 
     A batch is a tuple of tensors, the arguments of model and guide. What is minimised is the
@@ -43,6 +43,12 @@ class PairModule(pl.LightningModule):
 
     Parameters that the pair declares in a later call only are trained from that call on, in a
     group of the optimiser's defaults. A loss that is not finite ends the run.
+
+    With several devices each process has a part of every batch (`Batches` are divided here, a
+    DataLoader by Lightning's own sampler, so that its ``batch_size`` is that of one process). A
+    divergence sees the latents of all of them, and history, diagnosis and end are the same in all.
+    Parameters that come in a later call are refused then, and some that a step leaves without a
+    gradient need Lightning's strategy "ddp_find_unused_parameters_true".
 
     A checkpoint of Lightning's holds all that the module needs to go on as if nothing had happened:
     besides parameters and buffers those of Pyro's param store, the history, and the states of all
@@ -157,6 +163,7 @@ class PairModule(pl.LightningModule):
     def on_train_epoch_end(self) -> None:
         """Add the epoch's means to the history."""
         self._look()
+        self.come_together()
         means = self.means.end_epoch()
         self.log_dict({k: v for k, v in means.items() if not k.startswith("validation/")})
         if not all(math.isfinite(v) for k, v in means.items() if k.endswith("loss")):
@@ -167,7 +174,7 @@ class PairModule(pl.LightningModule):
         checkpoint["pair"] = {
             "tensors": self.tensors.state_dict(),
             "means": self.means.state_dict(),
-            "random": random_state(),
+            **_by_rank("random", self.processes.all_of(random_state())),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -182,7 +189,7 @@ class PairModule(pl.LightningModule):
         check_same_tensors(self.state_dict(), state)
         self.tensors.load_state_dict(pair["tensors"])
         self.means.load_state_dict(pair["means"], self.trained[0].device)
-        self._random_state = pair["random"]
+        self._random_state = pair.get(f"random{self.processes.rank or ''}")
 
     def get_extra_state(self) -> dict[str, Tensor]:
         """The tensors that belong to no module of ours: Pyro's param store, closed-over buffers."""
@@ -209,13 +216,13 @@ class PairModule(pl.LightningModule):
 
     def has_finite_loss(self, batch: tuple[Tensor, ...]) -> bool:
         """Whether parameters and loss are finite."""
-        if not self.tensors.are_finite():
-            return False
+        finite = self.tensors.are_finite()
         with untouched_random_state(batch), torch.no_grad():
             try:
-                return bool(torch.isfinite(self.loss(batch)[0]))
+                finite = finite and bool(torch.isfinite(self.loss(batch)[0]))
             except (ValueError, RuntimeError):  # no distribution has these parameters
-                return False
+                finite = False
+        return not self.processes.any(not finite)
 
     def end(self, diagnosis: str) -> None:
         """End the run, since something is not finite; the first diagnosis counts."""
@@ -238,20 +245,20 @@ class PairModule(pl.LightningModule):
         try:
             # fit has shown every datum to Pyro's checks; here they would raise where a run diverges
             with pyro.validation_enabled(False):
-                loss, parts = self.loss(batch)
+                loss, parts, size = self.processes.evaluate(self.loss, batch)
         except (ValueError, RuntimeError):
             if self.tensors.are_finite():
                 raise
             loss = torch.tensor(math.nan)
-            parts = {"loss": loss}
-        self.means.add(parts, len(batch[0]), prefix)
+            parts, size = {"loss": loss}, len(batch[0])
+        self.means.add(parts, size, prefix)
         if not is_at_hand(loss):
-            self._look_later(Unseen(prefix, index, loss.detach()))
-        elif not math.isfinite(loss.item()):
+            self._look_later(Unseen(prefix, index, parts["loss"]))
+        elif not math.isfinite(parts["loss"].item()):
             with untouched_random_state(batch):
                 torch.set_rng_state(before)  # the draws that led there
-                self._end_at(prefix, index, batch, loss)
-            return None
+                self._end_at(prefix, index, batch, parts["loss"])
+            return self.no_step()
         return loss
 
     def _look_later(self, unseen: "Unseen") -> None:
@@ -279,6 +286,8 @@ class PairModule(pl.LightningModule):
         kind = "validation batch" if prefix else "batch"
         where = f"The loss was {loss.item()} in epoch {self.trainer.current_epoch}, {kind} {index}"
         why = "" if batch is None else f": {self.diagnose(batch, rows)}"
+        reasons = self.processes.all_of(why)
+        why = next((r for r in reasons if not r.endswith(NOTHING_FOUND)), why)
         self.end(f"{where}{why}.")
 
     def _loader(self, prefix: str) -> Any:
@@ -287,6 +296,12 @@ class PairModule(pl.LightningModule):
     def _train_newcomers(self) -> None:
         """Let the optimiser train what the pair has declared in this step, from this step on."""
         parameters = self.tensors.take_in(self._newcomers.declared)
+        if parameters and self.processes.size > 1:
+            raise ValueError(
+                f"Expected all parameters to be declared before several processes train them; got "
+                f"{', '.join(list(self.tensors.groups[-1])[:3])} in a later call. Let the pair "
+                f"declare them in every call, or train in one process."
+            )
         if parameters:
             self.trainer.optimizers[0].add_param_group({"params": parameters})
 
@@ -301,6 +316,11 @@ class PairModule(pl.LightningModule):
             self.load_state_dict(state, strict=False)
             self.tensors.find_again(known)
         self.load_state_dict(before, strict=False)
+
+
+def _by_rank(name: str, values: list[Any]) -> dict[str, Any]:
+    """A value of each process; that of the first has no number."""
+    return {f"{name}{rank or ''}": value for rank, value in enumerate(values)}
 
 
 class Unseen(NamedTuple):

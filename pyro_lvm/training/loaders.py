@@ -7,7 +7,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pyro_lvm.checks import check_data
+from pyro_lvm.training.processes import Processes
 from pyro_lvm.training.randomness import random_state, set_random_state
+from pyro_lvm.training.shares import shared
 from pyro_lvm.training.sources import as_batch
 
 __all__ = ["Loaded"]
@@ -32,7 +34,9 @@ class Loaded:
                 f"of them; got a DataLoader of {type(loader.dataset).__name__}, without a length. "
                 f"Give the dataset a method __len__."
             )
-        self.loader, self.name = loader, name
+        self.loader = self._whole = loader
+        self.processes = Processes()
+        self.name = name
         self.num_data, self.num_batches = len(loader.dataset), len(loader)
         self.batch_size = loader.batch_size
         if self.num_batches == 0:
@@ -44,6 +48,11 @@ class Loaded:
         """Let the batches be on a device."""
         self.device = device
         return self
+
+    def share(self, processes: Processes) -> None:
+        """Load one process's part of each batch; the order is that of the first process."""
+        self.processes = processes
+        self.loader = shared(self._whole, processes, self.name)
 
     @property
     def smallest(self) -> tuple[Tensor, ...]:

@@ -71,8 +71,9 @@ class Checkpoints(Checkpoint):
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Write where the run starts from."""
         if self.fresh:
+            assert isinstance(module, PairModule)
             self._write(trainer)
-            self._check_readable(trainer)
+            self._check_readable(trainer, module)
 
     def on_train_batch_end(
         self,
@@ -84,7 +85,7 @@ class Checkpoints(Checkpoint):
     ) -> None:
         """Write a checkpoint within an epoch, if it is time."""
         assert isinstance(module, PairModule)
-        if not isinstance(self.every, timedelta) or not self._time_is_up():
+        if not isinstance(self.every, timedelta) or not self._time_is_up(module):
             return
         if _can_go_on(trainer) and module.tensors.are_finite():
             self._write(trainer)
@@ -96,7 +97,7 @@ class Checkpoints(Checkpoint):
         if module.diverged:  # nobody wants to go on from here
             return
         if isinstance(self.every, timedelta):
-            due = self._time_is_up()
+            due = self._time_is_up(module)
         else:
             due = finished % self.every == 0
         if due or trainer.should_stop or finished == trainer.max_epochs:
@@ -108,19 +109,18 @@ class Checkpoints(Checkpoint):
         """Add the settings of the run."""
         checkpoint["settings"] = self.settings
 
-    def _time_is_up(self) -> bool:
+    def _time_is_up(self, module: PairModule) -> bool:
         assert isinstance(self.every, timedelta)
-        return time.monotonic() - self._written_at >= self.every.total_seconds()
+        passed = time.monotonic() - self._written_at
+        return module.processes.first(passed >= self.every.total_seconds())
 
     def _write(self, trainer: pl.Trainer) -> None:
         """Write a checkpoint; if the disk is full, or gone, the run goes on without."""
         try:
-            trainer.save_checkpoint(path_at(self.directory, trainer.global_step))
-            if self.best.epoch != self._best_epoch:
-                epoch, values = self.best.snapshot
-                write(best_path(self.directory), {"epoch": epoch, "values": values})
-                self._best_epoch = epoch
-            prune(self.directory)
+            _save(trainer, path_at(self.directory, trainer.global_step))
+            if trainer.is_global_zero:
+                self._write_best()
+                prune(self.directory)
         except OSError as error:
             warnings.warn(
                 f"No checkpoint was written after step {trainer.global_step} ({error}). The run "
@@ -129,15 +129,23 @@ class Checkpoints(Checkpoint):
             )
         self._written_at = time.monotonic()
 
-    def _check_readable(self, trainer: pl.Trainer) -> None:
+    def _write_best(self) -> None:
+        if self.best.epoch != self._best_epoch:
+            epoch, values = self.best.snapshot
+            write(best_path(self.directory), {"epoch": epoch, "values": values})
+            self._best_epoch = epoch
+
+    def _check_readable(self, trainer: pl.Trainer, module: PairModule) -> None:
         """Refuse at once what could be written but not read."""
-        path = path_at(self.directory, trainer.global_step)
-        try:
-            if path.exists():
+        path, reason = path_at(self.directory, trainer.global_step), None
+        if trainer.is_global_zero and path.exists():
+            try:
                 read(path)
-        except CheckpointError:
-            path.unlink()
-            raise
+            except CheckpointError as error:
+                path.unlink()
+                reason = str(error)
+        if reason := module.processes.first(reason):
+            raise CheckpointError(reason)
 
 
 def checkpoint_settings(callbacks: Sequence[Any], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,6 +163,15 @@ def describe_optimizer(optimizer: torch.optim.Optimizer) -> str:
     """An optimiser and its settings, in words that are the same for the same optimiser."""
     settings = ", ".join(f"{name}={value}" for name, value in sorted(optimizer.defaults.items()))
     return f"{type(optimizer).__name__}({settings})"
+
+
+def _save(trainer: pl.Trainer, path: Path) -> None:
+    """Write a checkpoint; the first process does, and the others wait, also where it can't."""
+    try:
+        trainer.save_checkpoint(path)
+    except OSError:
+        trainer.strategy.barrier()
+        raise
 
 
 def _can_go_on(trainer: pl.Trainer) -> bool:
