@@ -11,11 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["inverse_factor", "log_normaliser", "squared_lengths", "whiten", "whitened_means"]
+__all__ = [
+    "columns_at_once",
+    "inverse_factor",
+    "log_normaliser",
+    "squared_lengths",
+    "whiten",
+    "whitened_means",
+]
 
 # Numbers of the whitened data at a time: they stay in a processor's cache, and are few beside what
 # a GPU holds and enough to keep it busy.
 _AT_ONCE = {"cpu": 2**19, "cuda": 2**27}
+
+
+def columns_at_once(shape: torch.Size, device: torch.device) -> int:
+    """How many data to whiten at a time with means of this shape, ``... x C x D``."""
+    return max(1, _AT_ONCE.get(device.type, 2**27) // shape.numel())
 
 
 def inverse_factor(scale: Tensor, tril: Tensor | None) -> Tensor:
@@ -72,8 +84,7 @@ def squared_lengths(columns: Tensor, means: Tensor, inverse: Tensor) -> Tensor:
     The whitened data exist for some columns at a time only. A gradient computes them anew, which
     takes less time than to write and read them, and can be differentiated again.
     """
-    at_once = _AT_ONCE.get(columns.device.type, 2**27)
-    size = max(1, at_once // (means.shape[-2] * means.shape[-1]))
+    size = columns_at_once(means.shape, columns.device)
     # a recorded program has no use for chunks: its compiler never writes the whitened data either
     if columns.shape[-1] <= size or torch._C._get_tracing_state():
         return _squared_lengths(columns, means, inverse)
