@@ -15,7 +15,7 @@ from sklearn.mixture import GaussianMixture as SklearnMixture
 
 from pyro_lvm.datasets import old_faithful
 from pyro_lvm.models import EMFit, GaussianMixture
-from pyro_lvm.models.gaussian_moments import Moments, moments_given
+from pyro_lvm.models.gaussian_moments import Moments, Table, maximum_likelihood, moments_given
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 COVARIANCES = ["full", "tied", "diagonal", "spherical"]
@@ -373,6 +373,18 @@ def test_degenerate_data(data, covariance, dtype, batch_size):
     assert (mixture.weights > 0).all()
     assert mixture.log_prob(x).isfinite().all()
     assert mixture.scale.dtype == dtype
+
+
+@pytest.mark.parametrize("excess", [0.0, 1e-14, 1e-9, 1e-5])
+def test_scatters_that_rounding_left_indefinite(excess):
+    scatter = torch.tensor([[4.0, 2 + excess], [2 + excess, 1.0]], dtype=torch.float64)
+    loc, one = torch.zeros(1, 2).double(), torch.ones(1).double()
+    previous = Table(one, loc, torch.ones(1, 2).double(), torch.zeros(1, 2, 2).double())
+    least = torch.full((1, 2), 0.1).double()
+    found = maximum_likelihood(Moments(one, loc, scatter[None]), previous, least)
+    expected = torch.tensor([[4.0, 2.0], [2.0, 1.01]], dtype=torch.float64)
+    assert torch.allclose(found.covariances()[0], expected, atol=1e-3)
+    assert found.scale[0, 1] == least[0, 1]
 
 
 @in_float64

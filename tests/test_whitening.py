@@ -83,6 +83,15 @@ def test_chunks_on_each_device(kind, device, monkeypatch):
     assert all(p.grad.device.type == device for p in parameters)
 
 
+@pytest.mark.usefixtures("float64", "small_chunks")
+def test_transforms_of_torch_func():
+    x, *parameters = torch.randn(N, D), *table("full")
+    found = torch.func.grad(lambda loc: densities(x, loc, *parameters[1:]).sum())(parameters[0])
+    loc = parameters[0].requires_grad_()
+    densities(x, loc, *parameters[1:]).sum().backward()
+    assert torch.allclose(found, loc.grad)
+
+
 def expanded(x, loc, scale, tril):
     """The square multiplied out, x'Px - 2 x'P loc + loc'P loc: what must not be done."""
     factor = scale.unsqueeze(-1) * (torch.eye(D).to(loc) + tril)

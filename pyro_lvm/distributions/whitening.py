@@ -58,7 +58,7 @@ def whitened_means(loc: Tensor, inverse: Tensor) -> Tensor:
     return (inverse @ loc.unsqueeze(-1)).squeeze(-1)
 
 
-def whiten(columns: Tensor, means: Tensor, inverse: Tensor) -> Tensor:
+def whiten(columns: Tensor, means: Tensor, inverse: Tensor, *, out: Tensor | None = None) -> Tensor:
     """L^-1 (x - loc) = L^-1 x - L^-1 loc, ``... x C x D x N``, one matrix product for all factors.
 
     Its rounding errors are those of rounding x: data have to be near the origin.
@@ -67,15 +67,17 @@ def whiten(columns: Tensor, means: Tensor, inverse: Tensor) -> Tensor:
         columns: x, ``... x D x N``.
         means: L^-1 loc, ``... x C x D``.
         inverse: L^-1, ``... x C x D x D`` or ``... x C x 1 x D``.
+        out: Where to write it, if no gradient is wanted.
     """
     means = means.unsqueeze(-1)
     if inverse.shape[-2] == 1:
-        return columns.unsqueeze(-3) * inverse.mT - means
+        return torch.addcmul(-means, columns.unsqueeze(-3), inverse.mT, out=out)
     if inverse.shape[-3] == 1:
-        return inverse @ columns.unsqueeze(-3) - means
+        return torch.sub(inverse @ columns.unsqueeze(-3), means, out=out)
     affine = torch.cat([inverse.expand(*means.shape[:-1], -1), -means], -1)  # ... x C x D x (D + 1)
     columns = torch.cat([columns, torch.ones_like(columns[..., :1, :])], -2)
-    return (affine.flatten(-3, -2) @ columns).unflatten(-2, means.shape[-3:-1])
+    out = None if out is None else out.flatten(-3, -2)
+    return torch.matmul(affine.flatten(-3, -2), columns, out=out).unflatten(-2, means.shape[-3:-1])
 
 
 def squared_lengths(columns: Tensor, means: Tensor, inverse: Tensor) -> Tensor:
@@ -85,8 +87,10 @@ def squared_lengths(columns: Tensor, means: Tensor, inverse: Tensor) -> Tensor:
     takes less time than to write and read them, and can be differentiated again.
     """
     size = columns_at_once(means.shape, columns.device)
-    # a recorded program has no use for chunks: its compiler never writes the whitened data either
-    if columns.shape[-1] <= size or torch._C._get_tracing_state():
+    # A program that is recorded has no use for chunks, as its compiler fuses these operations, and
+    # what torch.func transforms has to be plain.
+    as_recorded = torch._C._get_tracing_state() or torch._C._are_functorch_transforms_active()
+    if columns.shape[-1] <= size or as_recorded:
         return _squared_lengths(columns, means, inverse)
     return _InChunks.apply(columns, means, inverse, size)
 

@@ -23,8 +23,9 @@ __all__ = ["Covariance", "Moments", "Table", "maximum_likelihood", "moments_give
 
 Covariance = Literal["full", "tied", "diagonal", "spherical"]
 
-_LEAST_WEIGHT = 1e-12  # its logarithm is finite
-_LEAST_LOG_SHARE = -80.0  # far below rounding; processors are slow at what is near underflow
+# of a component in a datum: far below rounding, but no weight becomes 0, and no product is so near
+# underflow that processors are slow at it
+_LEAST_LOG_SHARE = -80.0
 _ROUNDING = torch.finfo(torch.float64).eps
 
 
@@ -108,18 +109,24 @@ def moments_given(
         torch.zeros_like(t) for t in (table.weights, table.loc, table.loc[0, 0])
     )
     second = torch.zeros_like(table.covariances())
+    # all chunks share memory: to get new one from the system takes longer than to fill it
+    buffers = torch.empty(2, min(chunk_size, len(x)) * view.means.numel()).to(view.means)
     for start in range(0, len(x), chunk_size):
-        rows = slice(start, start + chunk_size)
-        white = view.whiten(x[rows].to(table.loc.device, dtype))  # C x D x n
+        chunk = x[start : start + chunk_size].to(table.loc.device, dtype)  # n x D
+        spaces = buffers[:, : len(chunk) * view.means.numel()]
+        white, spare = spaces.reshape(2, *view.means.shape, len(chunk))  # C x D x n
+        view.whiten(chunk, out=white)
         if labels is None:
-            shares, log_prob = view.share_out(white)  # C x n, n
+            shares, log_prob = view.share_out(torch.square(white, out=spare).sum(1))
             total += log_prob.sum(dtype=total.dtype)
         else:
-            shares = torch.nn.functional.one_hot(labels[rows], len(table.loc)).to(white).T
-        weighted = white * shares.unsqueeze(1)
-        squares = (weighted * white).sum(-1) if table.tril is None else weighted @ white.mT
+            here = labels[start : start + chunk_size]
+            shares = torch.nn.functional.one_hot(here, len(table.loc)).to(white).T  # C x n
+        weighted = torch.mul(white, shares.unsqueeze(1), out=spare)
         counts += shares.sum(-1)
         first += weighted.sum(-1)
+        diagonal = table.tril is None
+        squares = weighted.mul_(white).sum(-1) if diagonal else weighted @ white.mT
         second += _pooled(squares, second)
     return _in_data_space(Moments(counts, first, second), table, torch.finfo(dtype).eps), float(
         total
@@ -142,8 +149,6 @@ def maximum_likelihood(
     """
     counts, total = moments.counts, moments.counts.sum()
     occupied = counts > _ROUNDING * total
-    weights = (counts / total).clamp(min=_LEAST_WEIGHT)
-    weights = weights / weights.sum()
     loc = torch.where(occupied.unsqueeze(-1), moments.loc, previous.loc)
     if len(moments.scatter) == 1:  # tied, or one component
         covariances = moments.scatter / total
@@ -154,8 +159,8 @@ def maximum_likelihood(
     if previous.tril is None:
         if spherical:
             covariances = covariances.mean(-1, keepdim=True)
-        return Table(weights, loc, covariances.sqrt().maximum(least))
-    return Table(weights, loc, *_regressions(covariances, least))
+        return Table(counts / total, loc, covariances.sqrt().maximum(least))
+    return Table(counts / total, loc, *_regressions(covariances, least))
 
 
 class _View:
@@ -170,13 +175,13 @@ class _View:
         constant = table.weights.log() - log_normaliser(table.scale, num_features)
         self.constant = constant.to(dtype).unsqueeze(-1)  # C x 1
 
-    def whiten(self, x: Tensor) -> Tensor:
+    def whiten(self, x: Tensor, out: Tensor) -> None:
         """L^-1 (x - loc), ``C x D x N``."""
-        return whiten((x - self.centre).T, self.means, self.inverse)
+        whiten((x - self.centre).T, self.means, self.inverse, out=out)
 
-    def share_out(self, white: Tensor) -> tuple[Tensor, Tensor]:
-        """p(z = c | x), ``C x N``, and log p(x), ``N``, nats."""
-        joint = self.constant - 0.5 * white.square().sum(1)  # C x N
+    def share_out(self, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """p(z = c | x), ``C x N``, and log p(x), ``N``, nats, given |L^-1 (x - loc)|^2."""
+        joint = self.constant - 0.5 * lengths
         greatest = joint.amax(0)
         shares = (joint - greatest).clamp_(min=_LEAST_LOG_SHARE).exp_()
         total = shares.sum(0)

@@ -27,6 +27,8 @@ from pyro_lvm.models.gaussian_moments import (
 
 __all__ = ["Covariance", "GaussianMixture"]
 
+_ABOVE_FLOOR = 1.001  # for the floor itself is not in the support of ``scale``
+
 
 class GaussianMixture(Model):
     """A mixture of Gaussians, its label summed out.
@@ -147,17 +149,19 @@ class GaussianMixture(Model):
             weights_c = N_c / N,  loc_c = sum_i r_ic x_i / N_c,
             S_c = sum_i r_ic (x_i - loc_c) (x_i - loc_c)^T / N_c
 
-        (Dempster, Laird and Rubin 1977), with S pooled over components or without some of its
-        elements as ``covariance`` demands, and with ``scale`` at least 1.01 times the floor: none
-        lowers the likelihood. Components that no datum belongs to stay where they are.
+        (Dempster, Laird and Rubin 1977), with S pooled over the components, or its diagonal or the
+        mean of that alone, as ``covariance`` demands. Where ``scale`` would fall below the floor it
+        stays a thousandth above it, the maximum under that bound, so that no iteration lowers the
+        likelihood. Components that no datum belongs to stay where they are.
 
         With ``batch_size`` it is stepwise: the averages of r, r x and r x x^T move towards those of
         minibatch k by (k + 2)^-decay, and an iteration is a pass over the data, in an order from
-        torch's global generator (Cappe and Moulines 2009). For many data a few passes are enough.
+        torch's global generator (Cappe and Moulines 2009). Of many data it needs few passes.
 
-        ``initialize`` gives a good start; ``loc`` from a subset is as good for very many data. The
-        data stay where they are, and a chunk at a time is whitened on the parameters' device:
-        memory does not grow with ``N C``. Parameters and param store are updated in place.
+        A good start is that of ``initialize``, to which a random subset can be given. The data stay
+        where they are. A chunk of them at a time is taken to the parameters' device and whitened in
+        the data's precision (at least float32); sums are float64, and memory does not grow with
+        ``N C``. Parameters are changed in place, also for the param store and optimisers.
 
         Args:
             x: ``N x D``.
@@ -182,7 +186,7 @@ class GaussianMixture(Model):
         self._check(x)
         check_data("x", x, ndim=2, floating=True)
         table = self._table()
-        least = 1.01 * self.floor.to(table.loc)  # the bound itself is outside of the support
+        least = _ABOVE_FLOOR * self.floor.to(table.loc)
         spherical = self.covariance == "spherical"
         table, fit = expectation_maximisation(
             x.detach(),
