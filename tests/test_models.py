@@ -20,6 +20,7 @@ from pyro_lvm.datasets import linear_gaussian, old_faithful
 from pyro_lvm.infer import TraceInfo_ELBO
 from pyro_lvm.marginal import importance_sampling
 from pyro_lvm.models import VAE, GaussianMixture
+from pyro_lvm.models.gaussian_moments import maximum_likelihood, moments_given
 from pyro_lvm.nn import MLP, BernoulliHead, NormalHead
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
@@ -284,7 +285,10 @@ def test_units_of_the_features_do_not_matter(covariance):
         torch.manual_seed(0)
         labels = x[:, 0] > x[:, 0].median()  # k-means depends on units; the moments do not
         mixture = GaussianMixture(2, 3, covariance).initialize(data)
-        mixture._declare(mixture._moments(data, labels.long()))
+        table = mixture._table()
+        moments, _ = moments_given(data, table, labels=labels.long())
+        table = maximum_likelihood(moments, table, mixture.floor)
+        mixture._declare({name: getattr(table, name) for name in mixture._shapes()})
         scores.append(mixture.log_prob(data).detach())
     assert torch.allclose(scores[0], scores[1] + unit.log().sum(), atol=1e-4)
 

@@ -1,6 +1,5 @@
 """Distributions that torch, Pyro and Zuko lack."""
 
-import math
 from typing import Any
 
 import torch
@@ -9,6 +8,13 @@ from pyro.ops.indexing import Vindex
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_lvm.distributions.whitening import (
+    inverse_factor,
+    log_normaliser,
+    squared_lengths,
+    whitened_means,
+)
+
 __all__ = ["IndexedNormal"]
 
 
@@ -16,8 +22,9 @@ class IndexedNormal(TorchDistribution):
     """A Gaussian chosen by an index from a table of ``C`` of them, N(x; loc[index], S[index]).
 
     It is what a mixture's component is given its label. With the label enumerated,
-    ``MultivariateNormal(loc[z], scale_tril=scale_tril[z])`` would hold and solve one triangular
-    system per datum and component; here all data share one triangular solve per component.
+    ``MultivariateNormal(loc[z], scale_tril=scale_tril[z])`` would solve one triangular system per
+    datum and component; here the data are whitened for all components by one matrix product, and
+    the whitened data are never held together.
 
     The covariance is S = L L^T with L = diag(scale) (I + tril), where ``tril`` is strictly lower
     triangular (its upper part is ignored) and free: L is invertible for every positive ``scale``,
@@ -56,8 +63,7 @@ class IndexedNormal(TorchDistribution):
         """The same distribution over more batch dimensions; the table is shared."""
         new = self._get_checked_instance(IndexedNormal, _instance)
         batch_shape = torch.Size(batch_shape)  # Pyro's plates hand over a list
-        new.index, new.loc, new.scale = self.index.expand(batch_shape), self.loc, self.scale
-        new.tril = self.tril
+        new.index, new.loc, new.scale, new.tril = self.index, self.loc, self.scale, self.tril
         super(IndexedNormal, new).__init__(batch_shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
@@ -68,16 +74,29 @@ class IndexedNormal(TorchDistribution):
             self._validate_sample(value)
         table = self.log_prob_table(value)  # ... x C
         shape = torch.broadcast_shapes(self.batch_shape, table.shape[:-1])
+        outer = max(self.index.dim() - table.dim() + 1, 0)
+        if self.index.shape[outer:].numel() == 1:  # one label for all data: take whole columns
+            chosen = table.movedim(-1, 0).index_select(0, self.index.flatten())
+            return chosen.reshape(self.index.shape[:outer] + table.shape[:-1]).expand(shape)
         index = self.index.expand(shape).unsqueeze(-1)
         return table.expand(*shape, table.shape[-1]).gather(-1, index).squeeze(-1)
 
     def log_prob_table(self, value: Tensor) -> Tensor:
         """The log-density under every Gaussian of the table, ``... x C``, nats."""
-        difference = value.unsqueeze(-2) - self.loc  # ... x C x D
-        white = self._solve(difference / self.scale)
-        log_det = self.scale.log().expand(*self.scale.shape[:-1], self.loc.shape[-1]).sum(-1)
-        constant = 0.5 * self.loc.shape[-1] * math.log(2 * math.pi)
-        return -0.5 * white.square().sum(-1) - log_det - constant
+        inverse = inverse_factor(self.scale, self.tril)
+        batch = torch.broadcast_shapes(value.shape[:-1], self.loc.shape[:-2], inverse.shape[:-3])
+        loc = self.loc if self.loc.dim() > 2 else self.loc.unsqueeze(0)
+        inverse = inverse if inverse.dim() > 3 else inverse.unsqueeze(0)
+        # Near the origin rounding does no harm. A middle one of the means is there whatever the
+        # farthest ones are, and what is near it loses nothing when it is subtracted.
+        centre = loc.detach().sort(-2).values[..., loc.shape[-2] // 2, :]  # ... x D
+        x, means = value - centre, whitened_means(loc - centre.unsqueeze(-2), inverse)
+        if means.shape[-3] == 1:  # the data share a table: they are the columns of a matrix
+            lengths = squared_lengths(x.mT, means.squeeze(-3), inverse.squeeze(-4)).mT
+        else:  # each datum is a matrix of one column
+            lengths = squared_lengths(x.unsqueeze(-1), means, inverse).squeeze(-1)
+        log_prob = -0.5 * lengths - log_normaliser(self.scale, self.loc.shape[-1])
+        return log_prob.reshape(*batch, self.loc.shape[-2])
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         """Reparameterised draws, ``sample_shape x batch x D``."""
@@ -87,20 +106,6 @@ class IndexedNormal(TorchDistribution):
         if self.tril is not None:
             noise = noise + (self._choose(self.tril, index, 2) @ noise.unsqueeze(-1)).squeeze(-1)
         return self._choose(self.loc, index, 1) + self._choose(self.scale, index, 1) * noise
-
-    def _solve(self, scaled: Tensor) -> Tensor:
-        """(I + tril)^-1 y for every Gaussian, ``... x C x D``."""
-        if self.tril is None:
-            return scaled
-        unit = self.tril + torch.eye(self.tril.shape[-1]).to(self.tril)
-        if unit.dim() == 3 and scaled.dim() > 2:  # one solve per Gaussian, the data as columns
-            columns = scaled.reshape(-1, *scaled.shape[-2:]).permute(1, 2, 0)  # C x D x N
-            white = torch.linalg.solve_triangular(unit, columns, upper=False, unitriangular=True)
-            return white.permute(2, 0, 1).reshape(scaled.shape)
-        column = torch.linalg.solve_triangular(
-            unit, scaled.unsqueeze(-1), upper=False, unitriangular=True
-        )
-        return column.squeeze(-1)
 
     def _choose(self, table: Tensor, index: Tensor, event_dim: int) -> Tensor:
         event = (slice(None),) * event_dim

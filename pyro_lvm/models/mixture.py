@@ -2,7 +2,8 @@
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from functools import partial
+from typing import Any, get_args
 
 import pyro
 import pyro.distributions as dist
@@ -16,10 +17,17 @@ from torch.distributions import constraints
 from pyro_lvm.checks import check_data, check_positive
 from pyro_lvm.distributions import IndexedNormal
 from pyro_lvm.models.base import Model
+from pyro_lvm.models.expectation_maximisation import EMFit, expectation_maximisation
+from pyro_lvm.models.gaussian_moments import (
+    Covariance,
+    Table,
+    maximum_likelihood,
+    moments_given,
+)
 
 __all__ = ["Covariance", "GaussianMixture"]
 
-Covariance = Literal["full", "tied", "diagonal", "spherical"]
+_ABOVE_FLOOR = 1.001  # for the floor itself is not in the support of ``scale``
 
 
 class GaussianMixture(Model):
@@ -35,7 +43,8 @@ class GaussianMixture(Model):
 
     The parameters are ``weights`` ``C``, ``loc`` ``C x D``, ``scale`` (``C x D``; tied ``1 x D``;
     spherical ``C x 1``) and, for full and tied covariances, ``tril`` (``C x D x D``; tied
-    ``1 x D x D``). They are fitted by maximum likelihood, and ``guide`` is empty. A parameter with
+    ``1 x D x D``). They are fitted by maximum likelihood, with
+    SVI or ``fit_em``, and ``guide`` is empty. A parameter with
     a prior is a global latent instead, a site of the parameter's name, and ``guide`` an autoguide
     over all of these; what needs a value of it then takes the guide's median.
 
@@ -115,13 +124,83 @@ class GaussianMixture(Model):
         self._check(x)
         check_data("x", x, ndim=2, floating=True)
         data = x.detach().to("cpu", torch.float64)
+        deviations = self._deviations(data, torch.finfo(x.dtype).eps)
         if not self._floor_is_given:
-            self.floor.copy_(1e-3 * self._deviations(data, torch.finfo(x.dtype).eps))
-        labels = _kmeans(data, self.num_components)
-        values = self._moments(data, labels)
+            self.floor.copy_(1e-3 * deviations)
+        start = self._start(data, deviations)._asdict()
         like = next(iter(self.parameters()), x)
-        self._declare({n: v.to(like.device, like.dtype) for n, v in values.items()})
+        self._declare({n: start[n].to(like.device, like.dtype) for n in self._shapes()})
         return self
+
+    def fit_em(
+        self,
+        x: Tensor,
+        *,
+        max_iterations: int = 200,
+        tolerance: float = 1e-6,
+        batch_size: int | None = None,
+        decay: float = 0.7,
+        chunk_size: int | None = None,
+    ) -> EMFit:
+        """Maximise the likelihood by expectation-maximisation, from the parameters that are there.
+
+        With r_ic = p(z_i = c | x_i), N_c = sum_i r_ic, one iteration is
+
+            weights_c = N_c / N,  loc_c = sum_i r_ic x_i / N_c,
+            S_c = sum_i r_ic (x_i - loc_c) (x_i - loc_c)^T / N_c
+
+        (Dempster, Laird and Rubin 1977), with S pooled over the components, or its diagonal or the
+        mean of that alone, as ``covariance`` demands. Where ``scale`` would fall below the floor it
+        stays a thousandth above it, the maximum under that bound, so that no iteration lowers the
+        likelihood. Components that no datum belongs to stay where they are.
+
+        With ``batch_size`` it is stepwise: the averages of r, r x and r x x^T move towards those of
+        minibatch k by (k + 2)^-decay, and an iteration is a pass over the data, in an order from
+        torch's global generator (Cappe and Moulines 2009). Of many data it needs few passes.
+
+        A good start is that of ``initialize``, to which a random subset can be given. The data stay
+        where they are. A chunk of them at a time is taken to the parameters' device and whitened in
+        the data's precision (at least float32); sums are float64, and memory does not grow with
+        ``N C``. Parameters are changed in place, also for the param store and optimisers.
+
+        Args:
+            x: ``N x D``.
+            max_iterations: The most iterations.
+            tolerance: Stop after an iteration that gains less, nats per datum.
+            batch_size: Of the stepwise variant; None for the exact one.
+            decay: Of the step size, in (0.5, 1].
+            chunk_size: How many data at a time; if None, what suits the device. The result is the
+                same but for rounding.
+
+        Returns:
+            The course of the fit.
+
+        Raises:
+            ValueError: If a parameter has a prior, data are not finite or a setting does not fit.
+        """
+        if self.priors:
+            raise ValueError(
+                f"Expected a mixture without priors, since EM maximises the likelihood; got priors "
+                f"of {sorted(self.priors)}. Fit model and guide by SVI instead."
+            )
+        self._check(x)
+        check_data("x", x, ndim=2, floating=True)
+        table = self._table()
+        least = _ABOVE_FLOOR * self.floor.to(table.loc)
+        spherical = self.covariance == "spherical"
+        table, fit = expectation_maximisation(
+            x.detach(),
+            table,
+            partial(maximum_likelihood, least=least, spherical=spherical),
+            max_iterations=max_iterations,
+            tolerance=tolerance,
+            batch_size=batch_size,
+            decay=decay,
+            chunk_size=chunk_size,
+        )
+        for name in self._shapes():
+            setattr(self, name, getattr(table, name).to(getattr(self, name)))
+        return fit
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "GaussianMixture":
         """Move or cast as every module does; the bound on ``scale`` goes with its buffer."""
@@ -235,30 +314,25 @@ class GaussianMixture(Model):
         variances = torch.where(varies, variances, typical)
         return (typical if self.covariance == "spherical" else variances).sqrt().reshape(1, -1)
 
-    def _moments(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """The maximum likelihood values given labels, with the floor's square on the variances."""
-        member = torch.nn.functional.one_hot(labels, self.num_components).to(x)  # N x C
-        counts = member.sum(0).clamp(min=1)
-        weights = (member.sum(0) + 1) / (len(x) + self.num_components)  # none is exactly 0
-        loc = member.T @ x / counts[:, None]
-        centred = (x - loc[labels]).unsqueeze(1) * member.unsqueeze(-1)  # N x C x D
-        moments = torch.einsum("ncd,nce->cde", centred, centred)
-        covariances = moments / counts[:, None, None]
-        if self.covariance == "tied":
-            covariances = (moments.sum(0) / len(x)).unsqueeze(0)
-        minimum = (2 * self.floor.to(x)).square()  # strictly above what the constraint allows
-        covariances = covariances + minimum * torch.eye(x.shape[1]).to(x)
-        values = {"weights": weights, "loc": loc}
-        if self.covariance in ("full", "tied"):
-            factor = torch.linalg.cholesky(covariances)
-            values["scale"] = factor.diagonal(dim1=-2, dim2=-1)
-            values["tril"] = (factor / values["scale"].unsqueeze(-1)).tril(-1)
-        else:
-            variances = covariances.diagonal(dim1=-2, dim2=-1)
-            if self.covariance == "spherical":
-                variances = variances.mean(-1, keepdim=True)
-            values["scale"] = variances.sqrt()
-        return values
+    def _table(self) -> Table:
+        """The parameters where they are, in float64."""
+        with torch.no_grad():
+            table = Table(**{n: getattr(self, n).detach().double() for n in self._shapes()})
+        return table if table.tril is None else table._replace(tril=table.tril.tril(-1))
+
+    def _start(self, x: Tensor, deviations: Tensor) -> Table:
+        """The parameters of k-means clusters; x is ``N x D`` (float64, CPU)."""
+        shapes = self._shapes()
+        whole = Table(  # one Gaussian for all data, as many times as there are components
+            torch.full(shapes["weights"], 1 / self.num_components).to(x),
+            x.mean(0).expand(shapes["loc"]),
+            deviations.expand(shapes["scale"]),
+            torch.zeros(shapes["tril"]).to(x) if "tril" in shapes else None,
+        )
+        moments, _ = moments_given(x, whole, labels=_kmeans(x, self.num_components))
+        spherical = self.covariance == "spherical"
+        start = maximum_likelihood(moments, whole, 2 * self.floor.to(x), spherical=spherical)
+        return start._replace(weights=(moments.counts + 1) / (len(x) + self.num_components))
 
     def _check(self, x: Tensor) -> None:
         if not isinstance(x, Tensor) or x.dim() != 2 or len(x) == 0 or not x.is_floating_point():
