@@ -723,7 +723,7 @@ class Interrupting(pl.Callback):
 
 
 def test_an_interrupt_ends_the_run_like_any_other_end():
-    """In the middle of the seventh epoch, in which the validation loss is no longer the least."""
+    """In the middle of the ninth epoch, when the validation loss is no longer the least."""
     problem = PlantedMixture()
     handler = signal.getsignal(signal.SIGINT)
     run = fit(
@@ -733,12 +733,12 @@ def test_an_interrupt_ends_the_run_like_any_other_end():
         batch_size=6,
         optimizer=adam(0.2),
         validation=problem.valid,
-        callbacks=[Interrupting(13)],
+        callbacks=[Interrupting(17)],
     )
     losses = run.history["validation/loss"]
     assert run.stopped == "interrupted"
-    assert run.num_epochs == 6
-    assert run.best_epoch == losses.index(min(losses)) < 5
+    assert run.num_epochs == 8
+    assert run.best_epoch == losses.index(min(losses)) < 7
     assert problem.loss(problem.valid) == pytest.approx(min(losses), abs=1e-12)
     assert signal.getsignal(signal.SIGINT) is handler
     assert not problem.mixture.training
