@@ -11,6 +11,7 @@ from torch.distributions import constraints
 from pyro_lvm.distributions.whitening import (
     inverse_factor,
     log_normaliser,
+    middle,
     squared_lengths,
     whitened_means,
 )
@@ -87,9 +88,7 @@ class IndexedNormal(TorchDistribution):
         batch = torch.broadcast_shapes(value.shape[:-1], self.loc.shape[:-2], inverse.shape[:-3])
         loc = self.loc if self.loc.dim() > 2 else self.loc.unsqueeze(0)
         inverse = inverse if inverse.dim() > 3 else inverse.unsqueeze(0)
-        # Near the origin rounding does no harm. A middle one of the means is there whatever the
-        # farthest ones are, and what is near it loses nothing when it is subtracted.
-        centre = loc.detach().sort(-2).values[..., loc.shape[-2] // 2, :]  # ... x D
+        centre = middle(loc)  # ... x D
         x, means = value - centre, whitened_means(loc - centre.unsqueeze(-2), inverse)
         if means.shape[-3] == 1:  # the data share a table: they are the columns of a matrix
             lengths = squared_lengths(x.mT, means.squeeze(-3), inverse.squeeze(-4)).mT

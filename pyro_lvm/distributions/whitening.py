@@ -15,6 +15,7 @@ __all__ = [
     "columns_at_once",
     "inverse_factor",
     "log_normaliser",
+    "middle",
     "squared_lengths",
     "whiten",
     "whitened_means",
@@ -22,12 +23,22 @@ __all__ = [
 
 # Numbers of the whitened data at a time: they stay in a processor's cache, and are few beside what
 # a GPU holds and enough to keep it busy.
-_AT_ONCE = {"cpu": 2**19, "cuda": 2**27}
+_AT_ONCE = {"cpu": 2**19, "cuda": 2**25}
 
 
 def columns_at_once(shape: torch.Size, device: torch.device) -> int:
     """How many data to whiten at a time with means of this shape, ``... x C x D``."""
-    return max(1, _AT_ONCE.get(device.type, 2**27) // shape.numel())
+    return max(1, _AT_ONCE.get(device.type, 2**25) // shape.numel())
+
+
+def middle(loc: Tensor) -> Tensor:
+    """What to subtract from data and means, ``... x D``, so that rounding does little harm.
+
+    One of the means in each feature, the middle one: it is among the data whatever the farthest
+    means are, and what is near it loses nothing when it is subtracted. It has no gradient, as the
+    densities don't depend on it.
+    """
+    return loc.detach().sort(-2).values[..., loc.shape[-2] // 2, :]
 
 
 def inverse_factor(scale: Tensor, tril: Tensor | None) -> Tensor:

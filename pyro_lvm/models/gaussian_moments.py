@@ -15,6 +15,7 @@ from pyro_lvm.distributions.whitening import (
     columns_at_once,
     inverse_factor,
     log_normaliser,
+    middle,
     whiten,
     whitened_means,
 )
@@ -109,7 +110,7 @@ def moments_given(
         torch.zeros_like(t) for t in (table.weights, table.loc, table.loc[0, 0])
     )
     second = torch.zeros_like(table.covariances())
-    # all chunks share memory: to get new one from the system takes longer than to fill it
+    # all chunks share memory: to get it from the system again takes longer than to fill it
     buffers = torch.empty(2, min(chunk_size, len(x)) * view.means.numel()).to(view.means)
     for start in range(0, len(x), chunk_size):
         chunk = x[start : start + chunk_size].to(table.loc.device, dtype)  # n x D
@@ -128,9 +129,8 @@ def moments_given(
         diagonal = table.tril is None
         squares = weighted.mul_(white).sum(-1) if diagonal else weighted @ white.mT
         second += _pooled(squares, second)
-    return _in_data_space(Moments(counts, first, second), table, torch.finfo(dtype).eps), float(
-        total
-    )
+    sums = Moments(counts, first, second)
+    return _in_data_space(sums, table, torch.finfo(dtype).eps), float(total)
 
 
 def maximum_likelihood(
@@ -168,7 +168,7 @@ class _View:
 
     def __init__(self, table: Table, dtype: torch.dtype) -> None:
         loc, num_features = table.loc, table.loc.shape[1]
-        self.centre = loc.sort(0).values[len(loc) // 2].to(dtype)  # as IndexedNormal does
+        self.centre = middle(loc).to(dtype)
         inverse = inverse_factor(table.scale, table.tril)
         self.means = whitened_means(loc - self.centre, inverse).to(dtype)
         self.inverse = inverse.to(dtype)

@@ -43,10 +43,10 @@ class GaussianMixture(Model):
 
     The parameters are ``weights`` ``C``, ``loc`` ``C x D``, ``scale`` (``C x D``; tied ``1 x D``;
     spherical ``C x 1``) and, for full and tied covariances, ``tril`` (``C x D x D``; tied
-    ``1 x D x D``). They are fitted by maximum likelihood, with
-    SVI or ``fit_em``, and ``guide`` is empty. A parameter with
-    a prior is a global latent instead, a site of the parameter's name, and ``guide`` an autoguide
-    over all of these; what needs a value of it then takes the guide's median.
+    ``1 x D x D``). They are fitted by maximum likelihood, with SVI or
+    ``fit_em``, and ``guide`` is empty. A parameter with a prior is a global latent instead, a site
+    of the parameter's name, and ``guide`` an autoguide over all of these; what needs a value of it
+    then takes the guide's median.
 
     Args:
         num_components: ``C``.
