@@ -9,10 +9,12 @@ from pyro.infer import ELBO
 from torch import Tensor, fx, nn
 
 from pyro_lvm.pair import Program, modules_of, untouched_random_state
+from pyro_lvm.training.inductor import compile_loss
 from pyro_lvm.training.objective import check_differentiable, loss_and_parts
 from pyro_lvm.training.recording import (
     NotRecordable,
     Recording,
+    find,
     kind_of,
     reason_of,
     record,
@@ -77,7 +79,7 @@ class CompiledLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_differentiable(elbo)
-        self.elbo, self.programs, self.backend = elbo, (model, guide), backend or inductor
+        self.elbo, self.programs, self.backend = elbo, (model, guide), backend or compile_loss
         self.owners = nn.ModuleList(modules_of(model, guide, getattr(elbo, "divergence", None)))
         self.fallback_reason: str | None = None
         self._footprint: Footprint | None = None
@@ -135,14 +137,13 @@ class CompiledLoss(nn.Module):
         return self._losses[key]
 
     def _compile(self, args: tuple, kwargs: dict, parts: bool) -> "_Compiled | None":
+        found = self._footprint = find(self.elbo, *self.programs, args, kwargs)
         try:
-            recording = record(self.elbo, *self.programs, args, kwargs, parts=parts)
+            recording = record(self.elbo, *self.programs, args, kwargs, found=found, parts=parts)
         except NotRecordable as error:
             self._fall_back(str(error))
             return None
-        self._footprint = recording.footprint
-        states = recording.footprint.states
-        with torch.enable_grad(), untouched_random_state(args, kwargs), unchanged(states):
+        with torch.enable_grad(), untouched_random_state(args, kwargs), unchanged(found.states):
             try:
                 compiled = _Compiled(recording, self.backend)
                 loss = compiled(args, kwargs)[0]
@@ -170,9 +171,3 @@ class _Compiled:
     def __call__(self, args: tuple, kwargs: dict) -> tuple[Tensor, dict[str, Tensor]]:
         loss, *parts = self.run(*self.inputs, *tensors_of((args, kwargs)))
         return loss, dict(zip(self.names, parts, strict=True))
-
-
-def inductor(graph: fx.GraphModule) -> Callable[..., Any]:
-    """``torch.compile``, with the random numbers that Python would draw."""
-    options: dict[str, Any] = {"fallback_random": True}
-    return torch.compile(graph, fullgraph=True, dynamic=False, options=options)

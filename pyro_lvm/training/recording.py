@@ -1,11 +1,14 @@
 """The recorded loss of a pair, and whether it agrees with Python."""
 
 import numbers
+import traceback
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import pyro
 import torch
 from pyro.infer import ELBO
 from torch import Tensor, fx
@@ -15,10 +18,13 @@ from pyro_lvm.pair import Program, untouched_random_state
 from pyro_lvm.training.objective import loss_and_parts
 from pyro_lvm.training.tracing import Footprint, footprint, trace
 
+_LIBRARIES = [*pyro.__path__, *torch.__path__, Path(__file__).parents[1]]
+
 __all__ = [
     "NotRecordable",
     "Recording",
     "difference",
+    "find",
     "kind_of",
     "reason_of",
     "record",
@@ -89,12 +95,13 @@ def record(
     args: tuple = (),
     kwargs: dict | None = None,
     *,
+    found: Footprint,
     parts: bool = False,
 ) -> Recording:
-    """Record the loss of a pair on some arguments.
+    """Record the loss of a pair on some arguments, once its tensors are `found`.
 
-    The pair is run three times, and the recording is compared with the second run in value and
-    gradient. Buffers and random numbers are as they were afterwards.
+    The pair is run twice, and the recording is compared with the first run in value and gradient.
+    Buffers and random numbers are as they were afterwards.
 
     Raises:
         NotRecordable: With the reason, if the pair can't be recorded.
@@ -116,11 +123,7 @@ def record(
         filled = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         return outputs(*tree_unflatten(filled, spec))
 
-    divergence = getattr(elbo, "divergence", None)
     with torch.enable_grad():
-        with untouched_random_state(args, kwargs):
-            # Pyro's objectives draw random numbers of their own in their first run
-            found = footprint(lambda: outputs(args, kwargs), model, guide, divergence)
         with untouched_random_state(args, kwargs), unchanged(found.states):
             loss = outputs(args, kwargs)[0]
             if not loss.requires_grad:
@@ -133,11 +136,34 @@ def record(
                 raise NotRecordable(reason_of(error)) from error
         recording = Recording(graph, found, constants, tuple(names), loss.detach(), gradient)
         with untouched_random_state(args, kwargs), unchanged(found.states):
-            ours = graph(*recording.inputs, *tensors)[0]
-            reason = recording.other_loss(ours) or recording.other_gradient(ours)
+            try:
+                ours = graph(*recording.inputs, *tensors)[0]
+                reason = recording.other_loss(ours) or recording.other_gradient(ours)
+            except RuntimeError as error:  # an operation whose gradient Python alone knows
+                raise NotRecordable(reason_of(error)) from error
     if reason is not None:
         raise NotRecordable(reason)
     return recording
+
+
+def find(
+    elbo: ELBO,
+    model: Program,
+    guide: Program | None,
+    args: tuple = (),
+    kwargs: dict | None = None,
+) -> Footprint:
+    """Find the tensors of a pair in a run; buffers and random numbers are as they were afterwards.
+
+    Pyro's objectives draw random numbers of their own in their first run, which this one may be.
+    """
+
+    def run() -> Any:
+        return loss_and_parts(elbo, model, guide, args, kwargs, parts=False)
+
+    divergence = getattr(elbo, "divergence", None)
+    with torch.enable_grad(), untouched_random_state(args, kwargs or {}):
+        return footprint(run, model, guide, divergence)
 
 
 class NotRecordable(Exception):  # noqa: N818 - a reason to go on in Python, not an error
@@ -214,6 +240,20 @@ def _or_zero(value: Tensor | None, other: Tensor | None) -> Tensor:
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line of what an error says."""
+    """The first line of what an error says, or what it comes down to."""
     text = str(error).strip() or type(error).__name__
+    if "_local_scalar_dense" in text:  # how a tracer says it
+        return f"its Python looks at the value of a tensor{_place_of(error)}"
     return text.splitlines()[0].rstrip(".")
+
+
+def _place_of(error: BaseException) -> str:
+    """Where in the user's own code an error comes from."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_library(f.filename)]
+    if not frames:
+        return ""
+    return f" (line {frames[-1].lineno} of {Path(frames[-1].filename).name})"
+
+
+def _is_library(path: str) -> bool:
+    return any(Path(path).is_relative_to(home) for home in _LIBRARIES)

@@ -19,11 +19,13 @@ from pyro_lvm.pair import (
     plate_size,
     untouched_random_state,
 )
+from pyro_lvm.training.inductor import compile_step
 from pyro_lvm.training.objective import check_differentiable, loss_and_parts
 from pyro_lvm.training.recording import (
     NotRecordable,
     Recording,
     difference,
+    find,
     kind_of,
     reason_of,
     record,
@@ -31,7 +33,7 @@ from pyro_lvm.training.recording import (
     tensors_of,
     unchanged,
 )
-from pyro_lvm.training.step_graph import Clip, StepBackend, StepGraph, inductor
+from pyro_lvm.training.step_graph import Clip, StepBackend, StepGraph
 from pyro_lvm.training.tracing import Footprint
 
 __all__ = ["CompiledStep"]
@@ -119,7 +121,7 @@ class CompiledStep:
             self.optimizer, self._make_optimizer = None, optimizer or _adam
         self._num_steps, self._parts, self._divisor = num_steps, parts, divisor
         self._clip = Clip(clip_norm, clip_value)
-        self._backend = backend or inductor
+        self._backend = backend or compile_step
         self._draws = None if batch_size is None else _Draws(num_steps, batch_size)
         self._footprint: Footprint | None = None
         self._recording: Recording | None = None  # the last one
@@ -208,12 +210,15 @@ class CompiledStep:
     def _compile(self, index: Tensor | None, args: tuple, kwargs: dict) -> StepGraph | None:
         example = args if index is None else _rows(args, index[0])
         optimizer = self._optimizer_for(example, kwargs)
+        found = self._footprint = find(self.elbo, *self.programs, example, kwargs)
         try:
-            recording = record(self.elbo, *self.programs, example, kwargs, parts=self._parts)
+            recording = record(
+                self.elbo, *self.programs, example, kwargs, found=found, parts=self._parts
+            )
         except NotRecordable as reason:
             self._fall_back(str(reason))
             return None
-        self._footprint, self.names = recording.footprint, recording.names
+        self.names = recording.names
         self._recording, self._recorded_kind = recording, kind_of(example, kwargs)
         try:
             return StepGraph(

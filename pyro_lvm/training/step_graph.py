@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch._inductor
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim import Optimizer
@@ -14,7 +13,7 @@ from pyro_lvm.pair import untouched_random_state
 from pyro_lvm.training.recording import Recording, unchanged
 from pyro_lvm.training.updates import Rule, rule_of
 
-__all__ = ["Clip", "StepBackend", "StepGraph", "inductor"]
+__all__ = ["Clip", "StepBackend", "StepGraph"]
 
 StepBackend = Callable[[fx.GraphModule, list[Tensor]], Callable[..., Sequence[Tensor]]]
 
@@ -220,11 +219,6 @@ class _Factors:
         for rule, group in zip(self.rules, self.optimizer.param_groups, strict=True):
             for _ in range(num_steps if rule.decay != 1 else 0):
                 group["lr"] *= rule.decay
-
-
-def inductor(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Sequence[Tensor]]:
-    """Inductor, with the random numbers that Python would draw."""
-    return torch._inductor.compile(graph, [*inputs], options={"fallback_random": True})
 
 
 def _steps_function(

@@ -5,23 +5,17 @@ every step, so that one run shows it. ``make_fx`` records that run operation by 
 recording is a function of its own, free of Python, that a compiler can work on.
 """
 
-import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
-from unittest import mock
 
 import pyro
-import torch
 from pyro import poutine
-from pyro.infer.util import Dice, torch_item
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.overrides import TorchFunctionMode
 
 from pyro_lvm.pair import modules_of
+from pyro_lvm.training.recordable import recordable
 
 __all__ = ["Footprint", "Graph", "footprint", "trace"]
 
@@ -111,7 +105,7 @@ def trace(function: Callable[..., Any], tensors: Sequence[Tensor], arguments: An
         Exception: If the function can't be recorded, most of all because its Python depends on the
             value of a tensor.
     """
-    with _recording():
+    with recordable():
         module = make_fx(lambda _, given: function(*given))(list(tensors), tuple(arguments))
     graph = module.graph
     for node in graph.find_nodes(op="get_attr"):
@@ -174,59 +168,3 @@ def _lift(module: fx.GraphModule, graph: fx.Graph, copies: dict[fx.Node, Any]) -
         copies[node] = graph.placeholder(f"constant_{len(lifted)}")
         lifted.append(getattr(module, str(node.target)))
     return lifted
-
-
-@contextmanager
-def _recording() -> Iterator[None]:
-    """What a recording needs of Pyro and torch, and only while it is made.
-
-    Pyro looks at the tracing state before it branches on the value of a tensor. ``torch_item``
-    would make a constant of a value; validation and warnings about NaN would look at values. An
-    exact expectation leaves out what has no probability, and the shape of what is left is that of a
-    value: here it is in the sum, as zero.
-    """
-    from torch.distributions import Distribution
-
-    with ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
-        # shapes are constants of a graph, on purpose: another shape has another one
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
-        patched: list[tuple[Any, str, Any]] = [(torch._C, "_get_tracing_state", lambda: True)]
-        patched += [
-            (m, "torch_item", _detached)
-            for m in list(sys.modules.values())
-            if m is not None and getattr(m, "__dict__", {}).get("torch_item") is torch_item
-        ]
-        patched += [(pyro.util, name, lambda _: False) for name in ("torch_isnan", "torch_isinf")]
-        patched += [(Distribution, "_validate_sample", lambda *_: None)]
-        patched += [(Dice, "compute_expectation", _with_zeros(Dice.compute_expectation))]
-        for owner, name, value in patched:
-            stack.enter_context(mock.patch.object(owner, name, value))
-        stack.enter_context(pyro.validation_enabled(False))
-        yield
-
-
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
-
-
-def _with_zeros(expectation: Callable[..., Any]) -> Callable[..., Any]:
-    """A sum over what a mask selects as a sum over all."""
-
-    def whole(*args: Any, **kwargs: Any) -> Any:
-        with _ZerosForMasked():
-            return expectation(*args, **kwargs)
-
-    return whole
-
-
-class _ZerosForMasked(TorchFunctionMode):
-    """Where a mask would select values, all of them, flat, with zeros for the others."""
-
-    def __torch_function__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        if func is Tensor.masked_select:
-            values, mask = args
-            return torch.where(mask, values, values.new_zeros(())).flatten()
-        return func(*args, **kwargs or {})

@@ -1,0 +1,94 @@
+"""Graphs by Inductor: which matrix products it takes, and that they are right."""
+
+import shutil
+
+import pytest
+import torch
+from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from pyro_lvm.training.inductor import _ProductsByOneDNN, compile_loss, compile_step
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler"),
+    pytest.mark.skipif(
+        torch.backends.cpu.get_cpu_capability() != "AVX512", reason="no AVX-512: MKL is as good"
+    ),
+]
+
+SIZES = {"M": 120, "K": 300, "N": 200}
+
+
+def products_in(graph):
+    """How many products are left to oneDNN once the pass has seen a graph."""
+    _ProductsByOneDNN()(graph.graph)
+    graph.recompile()
+    return len(
+        graph.graph.find_nodes(op="call_function", target=torch.ops.pyro_lvm.product.default)
+    )
+
+
+def matrices(dtype=torch.float32, divide=1):
+    torch.manual_seed(0)
+    m, k, n = (size // divide for size in SIZES.values())
+    return torch.randn(m, k, dtype=dtype), torch.randn(k, n, dtype=dtype)
+
+
+CALLS = {
+    "x y": lambda x, y: x @ y,
+    "b + x y": lambda x, y: torch.addmm(y[0], x, y),
+    "x^T y^T": lambda x, y: y.T @ x.T,
+    "x y^T of a transposed": lambda x, y: x @ y.T.contiguous().T,
+    "b + x y, a matrix": lambda x, y: torch.addmm(x[:, :1].expand(-1, y.shape[1]), x, y),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_large_products_are_onednn_s(name):
+    x, y = matrices()
+    graph = make_fx(CALLS[name], tracing_mode="fake")(x, y)
+    assert products_in(graph) == 1
+    exact = CALLS[name](x.double(), y.double())
+    torch.testing.assert_close(graph(x, y).double(), exact, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "divide", "scale"), [(torch.float64, 1, 1), (torch.float32, 4, 1), (None, 1, 2)]
+)
+def test_others_are_left_alone(dtype, divide, scale):
+    x, y = matrices(dtype or torch.float32, divide)
+    graph = make_fx(lambda x, y: torch.addmm(y[0], x, y, alpha=scale), tracing_mode="fake")(x, y)
+    assert products_in(graph) == 0
+
+
+def test_onednn_can_be_switched_off():
+    graph = make_fx(lambda x, y: x @ y, tracing_mode="fake")(*matrices())
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert products_in(graph) == 0
+
+
+def test_losses_and_gradients():
+    """A network whose products are large: its loss and gradient, compiled in both ways."""
+    torch.manual_seed(0)
+    linear = nn.Linear(SIZES["K"], SIZES["N"])
+    x = torch.randn(SIZES["M"], SIZES["K"])
+
+    def loss(x, weight, bias):
+        return torch.tanh(nn.functional.linear(x, weight, bias)).square().sum()
+
+    parameters = list(linear.parameters())
+    expected = torch.autograd.grad(loss(x, *parameters), parameters)
+    compiled = compile_loss(make_fx(loss)(x, *parameters))
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled(x, *parameters), parameters), expected, rtol=1e-4, atol=1e-4
+    )
+
+    def gradients(x, *values):
+        values = [v.detach().requires_grad_() for v in values]
+        with torch.enable_grad():
+            return list(torch.autograd.grad(loss(x, *values), values))
+
+    with torch.no_grad():
+        inputs = [x, *parameters]
+        run = compile_step(make_fx(gradients, tracing_mode="fake")(*inputs), inputs)
+        torch.testing.assert_close(tuple(run(*inputs)), expected, rtol=1e-4, atol=1e-4)
