@@ -169,5 +169,5 @@ class _Compiled:
         self.run = backend(recording.graph)
 
     def __call__(self, args: tuple, kwargs: dict) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, *parts = self.run(*self.inputs, *tensors_of((args, kwargs)))
+        loss, *parts = self.run(*self.inputs, *tensors_of(args, kwargs))
         return loss, dict(zip(self.names, parts, strict=True))

@@ -40,8 +40,9 @@ def recordable() -> Iterator[None]:
             stack.enter_context(mock.patch.object(owner, name, value))
         stack.enter_context(pyro.validation_enabled(False))
         mode = stack.enter_context(_Recordable())
-        apply = classmethod(mode.outside_of(torch.autograd.Function.apply.__func__))
-        stack.enter_context(mock.patch.object(torch.autograd.Function, "apply", apply))
+        function: Any = torch.autograd.Function
+        apply: Any = classmethod(mode.outside_of(function.apply.__func__))
+        stack.enter_context(mock.patch.object(function, "apply", apply))
         yield
 
 

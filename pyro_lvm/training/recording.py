@@ -116,7 +116,7 @@ def record(
         return [loss, *by_name.values()]
 
     leaves, spec = tree_flatten((args, kwargs))
-    tensors = tensors_of(leaves)
+    tensors = tensors_of(args, kwargs)
 
     def function(*given: Tensor) -> list[Tensor]:
         rest = iter(given)
@@ -182,9 +182,9 @@ def unchanged(tensors: Sequence[Tensor]) -> Iterator[None]:
                 tensor.copy_(value)
 
 
-def tensors_of(values: Any) -> list[Tensor]:
+def tensors_of(args: tuple, kwargs: dict) -> list[Tensor]:
     """The tensors in arguments, in order."""
-    return [leaf for leaf in tree_flatten(values)[0] if isinstance(leaf, Tensor)]
+    return [leaf for leaf in _flat(args, kwargs)[0] if isinstance(leaf, Tensor)]
 
 
 def kind_of(args: tuple, kwargs: dict) -> Hashable:
@@ -193,10 +193,17 @@ def kind_of(args: tuple, kwargs: dict) -> Hashable:
     Raises:
         TypeError: If an argument is neither a tensor nor hashable.
     """
-    leaves, spec = tree_flatten((args, kwargs))
+    leaves, spec = _flat(args, kwargs)
     key = tuple(_kind(leaf) for leaf in leaves), spec
     hash(key)
     return key
+
+
+def _flat(args: tuple, kwargs: dict) -> tuple[Sequence[Any], Hashable]:
+    """What arguments are made of, and how."""
+    if not kwargs and all(isinstance(a, Tensor) for a in args):
+        return args, None  # what small steps would else spend a tenth of their time on
+    return tree_flatten((args, kwargs))
 
 
 def settings_of(elbo: ELBO, found: Footprint | None) -> Hashable:

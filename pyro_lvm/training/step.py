@@ -158,7 +158,7 @@ class CompiledStep:
         """
         graph = self._graph(index, args, kwargs)
         if graph is not None:
-            return graph(index, tensors_of((args, kwargs)))
+            return graph(index, tensors_of(args, kwargs))
         batches = [args] * self._num_steps if index is None else [_rows(args, i) for i in index]
         return torch.stack([self._step_in_python(batch, kwargs) for batch in batches])
 
@@ -176,7 +176,7 @@ class CompiledStep:
         states = self._recording.footprint.states
         with torch.enable_grad(), untouched_random_state(args, kwargs), unchanged(states):
             python = loss_and_parts(self.elbo, *self.programs, args, kwargs, parts=self._parts)[0]
-        inputs = [*self._recording.inputs, *tensors_of((args, kwargs))]
+        inputs = [*self._recording.inputs, *tensors_of(args, kwargs)]
         if kind_of(args, kwargs) != self._recorded_kind:
             return None
         with torch.no_grad(), untouched_random_state(args, kwargs), unchanged(states):
@@ -225,7 +225,7 @@ class CompiledStep:
                 recording,
                 optimizer,
                 index=index,
-                data=tensors_of((args, kwargs)),
+                data=tensors_of(args, kwargs),
                 num_steps=self._num_steps,
                 divisor=self._divisor,
                 clip=self._clip,
