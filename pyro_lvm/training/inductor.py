@@ -55,12 +55,12 @@ class _ProductsByOneDNN(CustomGraphPass):
 
 def _is_large_enough(node: fx.Node) -> bool:
     *_, x, y = (a.meta["val"] for a in node.args)  # type: ignore[union-attr]
-    plain = not node.kwargs and x.dtype == torch.float32 and x.device.type == "cpu"
-    return plain and x.numel() * y.shape[1] >= _LEAST_PRODUCT
+    single_on_cpu = x.dtype == torch.float32 and x.device.type == "cpu"
+    return single_on_cpu and x.numel() * y.shape[1] >= _LEAST_PRODUCT
 
 
 def _replace(graph: fx.Graph, node: fx.Node) -> None:
-    """X y, or b + x y, with y as the weight of a linear map; the compiler fuses what is added."""
+    """Compute x y, or beta b + alpha x y; the compiler fuses what is around the product."""
     *added, x, y = node.args
 
     def call(target: Any, *args: Any) -> fx.Node:
@@ -72,6 +72,11 @@ def _replace(graph: fx.Graph, node: fx.Node) -> None:
 
     weight = call(_aten.permute.default, y, [1, 0])
     result = call(torch.ops.pyro_lvm.product.default, x, weight)
+    for name, factor in node.kwargs.items():  # those of addmm
+        if name == "alpha":
+            result = call(_aten.mul.Tensor, result, factor)
+        else:
+            added = [call(_aten.mul.Tensor, other, factor) for other in added]
     for other in added:
         result = call(_aten.add.Tensor, result, other)
     node.replace_all_uses_with(result)
