@@ -166,6 +166,56 @@ def test_steps_of_every_kind_of_pair(float64, name):
     torch.testing.assert_close(*results)
 
 
+@pytest.fixture
+def two_threads():
+    """Compiled as most people will: kernels of several threads are other kernels."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def steps_by_compiler_and_python(make, elbo=lvm.TraceInfo_ELBO, num_calls=2):
+    """Losses and parameters of both."""
+    results = []
+    for backend in (None, no_backend):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        model, guide, args = make()
+        step = CompiledStep(elbo(), model, guide, num_steps=2, backend=backend)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            losses = torch.cat([step(*args) for _ in range(num_calls)])
+        assert (step.fallback_reason is None) == (backend is None)
+        parameters = [p.detach() for g in step.optimizer.param_groups for p in g["params"]]
+        results.append([losses, *parameters])
+    return results
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(PROBLEMS.keys() - {"score_function"}))
+def test_inductor_on_every_kind_of_pair(float64, two_threads, name):
+    def make():
+        problem = PROBLEMS[name]()
+        return problem.model, problem.guide, problem.args
+
+    torch.testing.assert_close(*steps_by_compiler_and_python(make))
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("covariance", ["full", "tied", "diagonal", "spherical"])
+@pytest.mark.parametrize("num_data", [37, 1000])
+def test_inductor_on_mixtures(two_threads, covariance, num_data):
+    def make():
+        mixture = lvm.GaussianMixture(32, 16, covariance)
+        return mixture.model, mixture.guide, (torch.randn(num_data, 16),)
+
+    compiled, python = steps_by_compiler_and_python(make)
+    torch.testing.assert_close(compiled, python, rtol=1e-4, atol=1e-4)
+
+
 def test_labels_without_probability_take_no_part_in_a_recorded_expectation(float64):
     """An exact expectation over what the guide enumerates, one of its labels impossible."""
 

@@ -91,3 +91,21 @@ def test_losses_and_gradients():
         inputs = [x, *parameters]
         run = compile_step(make_fx(gradients, tracing_mode="fake")(*inputs), inputs)
         torch.testing.assert_close(tuple(run(*inputs)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_sums_by_index_stay_within_their_tensor():
+    """Several threads add up what is read along the other dimension (pytorch issue 191837)."""
+
+    def sums(x, weights):
+        rows = torch.arange(x.shape[1])
+        return [x.new_zeros(x.shape[1], len(x)).index_add(0, rows, x.exp().T * weights)]
+
+    x, weights = torch.randn(1000, 32), torch.randn(32, 1000)
+    graph = make_fx(sums, tracing_mode="fake")(x, weights)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        (result,) = compile_step(graph, [x, weights])(x, weights)
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(result, sums(x, weights)[0])

@@ -1,7 +1,9 @@
 """Inductor, with the random numbers of Python and the faster of two matrix products."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 import torch._inductor
@@ -18,12 +20,13 @@ _LEAST_PRODUCT = 10**6  # multiplications, some 10 us: to get into Python and ou
 
 def compile_loss(graph: fx.GraphModule) -> Callable[..., Any]:
     """``torch.compile`` a graph that is to be differentiated."""
-    return torch.compile(graph, fullgraph=True, dynamic=False, options=_options())
+    return torch.compile(graph, fullgraph=True, dynamic=False, backend=compile_step)
 
 
 def compile_step(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Sequence[Tensor]]:
     """Compile a graph that is not differentiated, without guards of its inputs."""
-    return torch._inductor.compile(graph, [*inputs], options=_options())
+    with _scatters_in_place():
+        return torch._inductor.compile(graph, [*inputs], options=_options())
 
 
 def _options() -> dict[str, Any]:
@@ -81,6 +84,31 @@ def _replace(graph: fx.Graph, node: fx.Node) -> None:
         result = call(_aten.add.Tensor, result, other)
     node.replace_all_uses_with(result)
     graph.erase_node(node)
+
+
+@contextmanager
+def _scatters_in_place() -> Iterator[None]:
+    """Keep sums by index within their tensors (pytorch/pytorch issue 191837).
+
+    Where a tile of numbers is read along one dimension and added up along another one by several
+    threads, torch up to 2.13 at least counts the position in the tile twice, and writes behind the
+    end of the tensor.
+    """
+    from torch._inductor import config
+    from torch._inductor.codegen.cpp import CppTile2DKernel, CppVecKernel
+
+    faulty = CppTile2DKernel.store
+
+    def store(kernel: Any, name: str, index: Any, value: Any, mode: Any = None) -> None:
+        by_threads = config.cpp.dynamic_threads or kernel.num_threads != 1
+        if mode != "atomic_add" or not by_threads:
+            return faulty(kernel, name, index, value, mode)
+        if kernel.need_vec_transpose(kernel.rename_indexing(index)):
+            return faulty(kernel, name, index, value, mode)
+        return CppVecKernel.store(kernel, name, index, value, mode)  # it counts the position itself
+
+    with mock.patch.object(CppTile2DKernel, "store", store):
+        yield
 
 
 def _by_onednn(x: Tensor, weight: Tensor) -> Tensor:
