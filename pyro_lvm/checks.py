@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["check_count", "check_data", "check_finite", "check_positive"]
+__all__ = ["check_count", "check_data", "check_finite", "check_positive", "check_weight"]
 
 
 def check_data(
@@ -86,3 +86,17 @@ def check_finite(name: str, value: float) -> None:
     """
     if not math.isfinite(value):
         raise ValueError(f"Expected {name} to be a finite number; got {value}.")
+
+
+def check_weight(name: str, value: float | Tensor) -> None:
+    """Refuse a weight that is neither a finite number nor a tensor of one.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if isinstance(value, Tensor) and value.dim() > 0:
+        raise ValueError(
+            f"Expected {name} to be a number or a tensor without dimensions; got one of shape "
+            f"{tuple(value.shape)}."
+        )
+    check_finite(name, float(value))

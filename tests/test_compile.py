@@ -341,6 +341,43 @@ def test_a_tensor_in_place_of_another_is_seen(float64):
     assert abs(float(module(*problem.args) - first)) > 1
 
 
+@pytest.mark.parametrize("name", ["modules", "global_and_local", "semi_supervised", "mixture"])
+def test_weights_in_tensors_take_effect_without_another_graph(float64, name):
+    problem, made = PROBLEMS[name](), []
+
+    def counted(graph):
+        made.append(graph)
+        return graph
+
+    alpha, lambda_ = torch.tensor(0.0), torch.tensor(1.0)
+    compared = name in ("modules", "global_and_local")
+    divergence = lvm.MMD() if compared else None
+    elbo = lvm.TraceInfo_ELBO(alpha=alpha, lambda_=lambda_, divergence=divergence)
+    module = lvm.compile(elbo, problem.model, problem.guide, backend=counted)
+    for new_alpha, new_lambda in ((0.0, 1.0), (0.5, 0.5), (0.25, 3.0 if compared else 0.75)):
+        alpha.fill_(new_alpha)
+        lambda_.fill_(new_lambda)
+        plain = lvm.TraceInfo_ELBO(
+            alpha=new_alpha, lambda_=new_lambda, divergence=divergence
+        ).differentiable_loss
+        plain(problem.model, problem.guide, *problem.args)  # Pyro draws in its first call
+        pyro.set_rng_seed(7)
+        loss = module(*problem.args)
+        pyro.set_rng_seed(7)
+        expected = plain(problem.model, problem.guide, *problem.args)
+        parameters = list(module.parameters())
+        torch.testing.assert_close(
+            value_and_gradient(loss, parameters), value_and_gradient(expected, parameters)
+        )
+    assert module.fallback_reason is None
+    assert len(made) == 1
+    elbo.alpha = torch.tensor(0.9)  # another tensor is seen too
+    pyro.set_rng_seed(7)
+    other = module(*problem.args)
+    assert (other - loss).abs() > 1e-3 or name == "mixture"  # which has no KL to weigh
+    assert len(made) == 2
+
+
 def test_batch_norm_and_modes():
     class Encoder(nn.Module):
         def __init__(self):

@@ -156,6 +156,7 @@ OBJECTIVES = {
     "mean_field": ("normal_normal", TraceMeanField_ELBO),
     "enum_model": ("mixture", lambda: TraceEnum_ELBO(max_plate_nesting=1)),
     "enum_guide": ("semi_supervised", TraceEnum_ELBO),
+    "graph": ("score_function", TraceGraph_ELBO),
 }
 
 
@@ -521,11 +522,10 @@ REFUSED = {
     "epochs 1.5": ({"epochs": 1.5}, ValueError, "epochs to be a positive integer"),
     "batch size 0": ({"batch_size": 0}, ValueError, "batch_size to be a positive integer; got 0"),
     "no differentiable loss": (
-        {"elbo": TraceGraph_ELBO()},
+        {"elbo": RenyiELBO(num_particles=2)},
         TypeError,
-        r"differentiable loss; got TraceGraph_ELBO. Use TraceInfo_ELBO",
+        r"differentiable loss; got RenyiELBO. Use TraceInfo_ELBO",
     ),
-    "Renyi": ({"elbo": RenyiELBO(num_particles=2)}, TypeError, "got RenyiELBO"),
     "a class for an objective": ({"elbo": Trace_ELBO}, TypeError, "instance.*got Trace_ELBO"),
     "optimiser of Pyro": (
         {"optimizer": pyro.optim.Adam({"lr": 1e-3})},

@@ -446,6 +446,10 @@ def masked_model(x):
         ({"alpha": 0.0, "lambda_": 1e-3, "divergence": MMD()}, "a weight of -0.999"),  # pythae's
         ({"alpha": 0.5, "lambda_": 10.0}, r"alpha \+ lambda_ - 1 = 9.5; got None"),
         ({"alpha": math.nan}, "finite"),
+        ({"alpha": torch.tensor(math.nan)}, "finite"),
+        ({"lambda_": torch.ones(2)}, r"lambda_.*without dimensions; got one of shape \(2,\)"),
+        ({"alpha": torch.tensor(0.1)}, r"alpha \+ lambda_ - 1 = 0.1; got None"),
+        ({"lambda_": torch.tensor(0.1), "divergence": MMD()}, "a weight of -0.9"),
     ],
 )
 def test_settings_that_are_refused(settings, match):

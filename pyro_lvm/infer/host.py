@@ -66,7 +66,7 @@ class LocalWeight(Messenger):
     The scale without the weight stays in the site, for the terms to be reported.
     """
 
-    def __init__(self, weight: float, plate: str, spared: tuple[str, ...]) -> None:
+    def __init__(self, weight: float | Tensor, plate: str, spared: tuple[str, ...]) -> None:
         super().__init__()
         self.weight, self.plate, self.spared = weight, plate, spared
         self._indices: dict[str, Tensor] = {}
@@ -77,7 +77,9 @@ class LocalWeight(Messenger):
         return indices
 
     def _pyro_sample(self, msg: Any) -> None:
-        if self.weight == 1 or msg["is_observed"] or msg["name"] in self.spared:
+        if msg["is_observed"] or msg["name"] in self.spared:
+            return
+        if not isinstance(self.weight, Tensor) and self.weight == 1:
             return
         if any(frame.name == self.plate for frame in msg["cond_indep_stack"]):
             msg["unweighted_scale"] = msg["scale"]

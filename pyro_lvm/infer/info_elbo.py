@@ -9,7 +9,7 @@ from pyro.infer.elbo import ELBOModule
 from pyro.infer.util import torch_item
 from torch import Tensor, nn
 
-from pyro_lvm.checks import check_finite
+from pyro_lvm.checks import check_weight
 from pyro_lvm.infer.gathering import batch_is_shared, gather_rows
 from pyro_lvm.infer.host import LocalWeight, host_class, recorded
 from pyro_lvm.infer.prior import sample_prior_sites
@@ -25,6 +25,8 @@ from pyro_lvm.pair import (
 from pyro_lvm.terms import depends_on_enumeration, sample_table, terms_from_traces
 
 __all__ = ["TraceInfo_ELBO"]
+
+_ROUNDING = 1e-6  # of a sum of weights in single precision
 
 
 class TraceInfo_ELBO(ELBO):
@@ -58,7 +60,9 @@ class TraceInfo_ELBO(ELBO):
 
     Args:
         alpha: Weight that is taken off the KL of local latents; below 0 for a beta above 1.
-        lambda_: Weight of the divergence on the aggregate posterior, as in the paper.
+        lambda_: Weight of the divergence on the aggregate posterior, as in the paper. Both may be
+            tensors, scalars that are changed in place as training goes on: compiled losses and
+            steps follow them, where another number would be compiled anew.
         divergence: Module or function of two tensors, draws from q(z) ``B x D`` and from p(z)
             ``B x D``, that returns a scalar; needed if ``alpha + lambda_ != 1``.
         sites: Local latents to compare, jointly; all of them if None.
@@ -80,8 +84,8 @@ class TraceInfo_ELBO(ELBO):
     def __init__(
         self,
         *,
-        alpha: float = 0.0,
-        lambda_: float = 1.0,
+        alpha: float | Tensor = 0.0,
+        lambda_: float | Tensor = 1.0,
         divergence: Callable[[Tensor, Tensor], Tensor] | None = None,
         sites: Sequence[str] | None = None,
         plate: str = "data",
@@ -99,8 +103,8 @@ class TraceInfo_ELBO(ELBO):
             "strict_enumeration_warning": False,
         }
         super().__init__(**settings)
-        check_finite("alpha", alpha)
-        check_finite("lambda_", lambda_)
+        check_weight("alpha", alpha)
+        check_weight("lambda_", lambda_)
         self.alpha, self.lambda_ = alpha, lambda_
         self.divergence, self.sites, self.plate, self.host = divergence, sites, plate, host
         self._settings = settings
@@ -108,11 +112,18 @@ class TraceInfo_ELBO(ELBO):
         self._check_divergence_weight()
 
     @property
-    def divergence_weight(self) -> float:
+    def divergence_weight(self) -> float | Tensor:
         """``alpha + lambda - 1``, the weight of D per datum."""
         weight = self.alpha + self.lambda_ - 1.0
-        rounding = 1e-12 * (1 + abs(self.lambda_))
+        if isinstance(weight, Tensor):
+            return weight
+        rounding = 1e-12 * (1 + abs(float(self.lambda_)))
         return 0.0 if abs(weight) < rounding else weight
+
+    @property
+    def has_divergence(self) -> bool:
+        """Whether there is a divergence with a weight, which in a tensor may also become 0."""
+        return self.divergence is not None and _may_differ_from(0.0, self.divergence_weight)
 
     def __call__(self, model: Program, guide: Program) -> ELBOModule:
         """The loss of one pair as a module, which owns what the pair's bound methods belong to."""
@@ -178,11 +189,11 @@ class TraceInfo_ELBO(ELBO):
         Raises:
             ValueError: What was expected, what came, which site, and the remedy.
         """
-        needs_plate = self.alpha != 0 or self.divergence_weight != 0
+        needs_plate = _may_differ_from(0.0, self.alpha) or self.has_divergence
         structure = inspect_pair(
             model, guide, args, kwargs, plate=self.plate, require_plate=needs_plate
         )
-        if self.divergence_weight != 0:
+        if self.has_divergence:
             self._check_sites(structure)
         return structure
 
@@ -236,12 +247,14 @@ class TraceInfo_ELBO(ELBO):
         try:
             return method(model, guide, *args, **kwargs)
         except ValueError as error:
-            if self.alpha == 0 or "share a common poutine.scale" not in str(error):
+            if not _may_differ_from(0.0, self.alpha) or "share a common poutine.scale" not in str(
+                error
+            ):
                 raise
             raise ValueError(
                 f"Expected no sampled latent whose prior depends on a site that the model "
-                f"enumerates, since alpha = {self.alpha:g} weighs the one and not the other; got "
-                f"{list(structure.model_enumerated)} enumerated beside "
+                f"enumerates, since alpha = {float(self.alpha):g} weighs the one and not the "
+                f"other; got {list(structure.model_enumerated)} enumerated beside "
                 f"{list(structure.local_latents)}. Enumerate them in the guide, or use alpha=0."
             ) from error
 
@@ -249,8 +262,9 @@ class TraceInfo_ELBO(ELBO):
         self, host: Any, structure: PairStructure, model: Program, args: tuple, kwargs: dict
     ) -> Tensor | None:
         """D between the latents of the minibatch and the prior's, averaged over particles."""
-        if self.divergence_weight == 0 or self.divergence is None:
+        if not self.has_divergence:
             return None
+        assert self.divergence is not None
         names, values = self._compared(structure), []
         if len(host.runs) > self.num_particles:
             raise ValueError(
@@ -310,16 +324,19 @@ class TraceInfo_ELBO(ELBO):
         return frame.full_size or frame.size
 
     def _check_divergence_weight(self) -> None:
-        weight = self.divergence_weight
+        alpha, lambda_ = float(self.alpha), float(self.lambda_)
+        weight = float(self.divergence_weight)
+        if isinstance(self.divergence_weight, Tensor) and abs(weight) < _ROUNDING:
+            weight = 0.0
         if weight < 0:
             raise ValueError(
                 f"Expected alpha + lambda_ >= 1, so that the divergence is minimised; got alpha="
-                f"{self.alpha:g} and lambda_={self.lambda_:g}, a weight of {weight:g}."
+                f"{alpha:g} and lambda_={lambda_:g}, a weight of {weight:g}."
             )
         if weight != 0 and self.divergence is None:
             raise ValueError(
                 f"Expected a divergence, since alpha + lambda_ - 1 = {weight:g}; got None. Pass "
-                f"divergence=MMD(), or lambda_={1 - self.alpha:g} for none (a beta-VAE)."
+                f"divergence=MMD(), or lambda_={1 - alpha:g} for none (a beta-VAE)."
             )
 
     def _compared(self, structure: PairStructure) -> list[str]:
@@ -355,6 +372,11 @@ class _PairLoss(ELBOModule):
     def __init__(self, model: Program, guide: Program, elbo: TraceInfo_ELBO) -> None:
         super().__init__(model, guide, elbo)
         self.owners = nn.ModuleList(modules_of(model, guide, elbo.divergence))
+
+
+def _may_differ_from(number: float, weight: float | Tensor) -> bool:
+    """Whether a weight is, or may become, another number; looks at the value of no tensor."""
+    return isinstance(weight, Tensor) or weight != number
 
 
 def _of_the_whole_batch(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,11 +21,11 @@ from pyro_lvm.training.checkpoint import newest
 from pyro_lvm.training.choice import Compile, takes_compiled_steps
 from pyro_lvm.training.groups import Groups
 from pyro_lvm.training.loaders import Loaded
+from pyro_lvm.training.objective import check_differentiable
 from pyro_lvm.training.preflight import (
     check_alike,
     check_checkpoints,
     check_loss,
-    check_objective,
     check_pair,
     check_patience,
     check_same_run,
@@ -115,8 +115,8 @@ def fit(
             are tensors or tuples of tensors and need not fit into memory; or a DataLoader, whose
             batches are taken as they come. A DataLoader that does not draw its order from torch's
             global generator (``shuffle=True`` does) is not resumed to the last bit.
-        elbo: The objective, any of Pyro's or ours with a differentiable loss; ``TraceInfo_ELBO()``,
-            which is the ELBO, if None.
+        elbo: The objective, any of ours, or of Pyro's with a differentiable loss, or
+            ``TraceGraph_ELBO``; ``TraceInfo_ELBO()``, which is the ELBO, if None.
         epochs: The most epochs.
         batch_size: The most data in a batch, of all processes together where several share it; a
             DataLoader has its own, which is shared likewise.
@@ -155,7 +155,7 @@ def fit(
             trained then.
     """
     elbo = TraceInfo_ELBO() if elbo is None else elbo
-    check_objective(elbo)
+    check_differentiable(elbo)
     plate = plate or str(getattr(elbo, "plate", "data"))
     check_count("epochs", epochs)
     check_patience(patience, validation)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from pyro_lvm.pair import (
     Program,
-    device_of,
     modules_of,
     no_guide,
     parameters_of,
@@ -23,6 +22,7 @@ from pyro_lvm.pair import (
 from pyro_lvm.training.diagnosis import NOTHING_FOUND, explain
 from pyro_lvm.training.discovery import Newcomers
 from pyro_lvm.training.history import History
+from pyro_lvm.training.objective import loss_and_parts
 from pyro_lvm.training.randomness import random_state, set_random_state
 from pyro_lvm.training.tensors import PairTensors, check_same_tensors
 from pyro_lvm.training.together import Together
@@ -204,14 +204,8 @@ class PairModule(Together):
 
     def loss(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a minibatch and its parts by name, nats per datum."""
-        parts: dict[str, Tensor] = {}
-        with device_of(batch):
-            if hasattr(self.elbo, "loss_and_parts"):
-                loss, parts = self.elbo.loss_and_parts(*self.programs, *batch)
-            else:
-                method = "differentiable_loss" if torch.is_grad_enabled() else "loss"
-                loss = getattr(self.elbo, method)(*self.programs, *batch)
-        loss = torch.as_tensor(loss) / self.num_data
+        loss, parts = loss_and_parts(self.elbo, *self.programs, batch)
+        loss = loss / self.num_data
         return loss, {**parts, "loss": loss.detach()}
 
     def has_finite_loss(self, batch: tuple[Tensor, ...]) -> bool:

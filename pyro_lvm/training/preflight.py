@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro import poutine
-from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_lvm.checks import check_count, check_positive
@@ -29,22 +28,11 @@ __all__ = [
     "check_alike",
     "check_checkpoints",
     "check_loss",
-    "check_objective",
     "check_pair",
     "check_patience",
     "check_same_run",
     "check_settings",
 ]
-
-
-def check_objective(elbo: object) -> None:
-    """Refuse what is no objective, or one without a loss to differentiate."""
-    if not isinstance(elbo, ELBO) or not hasattr(elbo, "differentiable_loss"):
-        name = elbo.__name__ if isinstance(elbo, type) else type(elbo).__name__
-        raise TypeError(
-            f"Expected elbo to be an instance of a pyro.infer.ELBO with a differentiable loss; got "
-            f"{name}. Use TraceInfo_ELBO(), Trace_ELBO(), TraceEnum_ELBO() or the like."
-        )
 
 
 def check_settings(settings: dict[str, Any]) -> None:

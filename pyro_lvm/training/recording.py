@@ -207,9 +207,16 @@ def _flat(args: tuple, kwargs: dict) -> tuple[Sequence[Any], Hashable]:
 
 
 def settings_of(elbo: ELBO, found: Footprint | None) -> Hashable:
-    """What else decides: numbers that the objective has, and the mode of each module."""
+    """What else decides: numbers and tensors that the objective has, and the mode of each module.
+
+    A tensor is what it is and not its value, which a graph reads.
+    """
     values = vars(elbo).items()
-    plain = tuple((k, v) for k, v in values if isinstance(v, numbers.Number | str))
+    plain = tuple(
+        (k, id(v) if isinstance(v, Tensor) else v)
+        for k, v in values
+        if isinstance(v, numbers.Number | str | Tensor)
+    )
     modes = () if found is None else tuple(m.training for m in found.modules)
     return plain, modes
 
