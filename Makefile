@@ -29,9 +29,9 @@ test: $(READY)  ## the tests, some minutes on two cores
 test-slow: $(READY)  ## the tests that take longer than half a minute each
 	$(BIN)/python -m pytest -m slow
 
-bench: $(READY)  ## time per training step beside other libraries, some minutes
+bench: $(READY)  ## times beside other libraries, some twenty minutes; open out/benchmarks/cpu.md
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks --out $(OUT)/benchmarks
 
 gpu-test: $(READY)  ## the tests on every CUDA device that is there
 	$(BIN)/python -m pytest -m 'not slow' -k cuda

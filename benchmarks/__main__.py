@@ -1,56 +1,118 @@
-"""Time per training step of the same model and batch in several libraries.
+"""Time this library beside others, and print ratios and times as Markdown.
 
-    python -m benchmarks --problem vae mixture --rounds 15 --threads 1
+    python -m benchmarks                                  # everything, some 20 minutes
+    python -m benchmarks steps mixtures --rounds 7
+    python -m benchmarks growth --out benchmarks/results  # writes cpu.md and growth.png there
 
-Pyro's validation is off, as NumPyro's is by default.
+Whatever is compared takes turns, so that a busy machine is busy for all. Pyro's validation is off,
+as NumPyro's is by default.
 """
 
 import argparse
 import os
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pyro
 import torch
 
+from benchmarks import growth
+from benchmarks.epochs import epochs
+from benchmarks.mixtures import mixtures
+from benchmarks.objectives import objectives
 from benchmarks.peers import PEERS
-from benchmarks.timing import interleaved, machine, table, versions
+from benchmarks.report import Timed, ratios, times
+from benchmarks.timing import interleaved, machine, versions
 
-__all__ = ["compare"]
+_PACKAGES = (
+    "torch",
+    "pyro-ppl",
+    "lightning",
+    "numpyro",
+    "jax",
+    "pythae",
+    "scikit-learn",
+    "pomegranate",
+)
+_REMARKS = """Our steps are kernels and random draws that Python starts one after the other, some
+microseconds each, ten steps in a call too. `numpyro_scan` runs a hundred steps as one loop of
+machine code: for the smallest models that is all the difference.
 
-_PACKAGES = ("torch", "pyro-ppl", "numpyro", "jax", "funsor", "pythae")
+Growth: `steepest` is the largest factor in time over the factor in size between two neighbours. It
+is above 1 where what a step works on no longer fits into the processor's caches."""
 
 
-def compare(
-    problem: str, others: Mapping[str, Callable[[], Any]] | None = None, **settings: Any
-) -> dict[str, list[float]]:
-    """Milliseconds per step of all peers of a problem, and of others that are given.
+def steps(rounds: int) -> Iterator[Timed]:
+    """A training step of each problem in all libraries."""
+    for problem, peers in PEERS.items():
+        built = {name: build() for name, build in peers.items()}
+        yield Timed(problem, interleaved(built, rounds=rounds), "pyro_svi")
 
-    Args:
-        problem: A key of `PEERS`.
-        others: Name -> what builds a step.
-        settings: Those of `interleaved`.
-    """
-    builders = {**PEERS[problem], **(others or {})}
-    return interleaved({name: build() for name, build in builders.items()}, **settings)
+
+def _mixtures(rounds: int) -> Iterator[Timed]:
+    for num_data in (20_000, 100_000):
+        yield from mixtures(num_data, min(rounds, 7))
+
+
+_SECTIONS: dict[str, Callable[[int], Iterator[Timed]]] = {
+    "steps": steps,
+    "objectives": lambda rounds: iter([objectives(rounds=rounds)]),
+    "epochs": lambda rounds: iter([epochs(rounds=rounds)]),
+    "mixtures": _mixtures,
+}
 
 
 def main() -> None:
-    """Print a table per problem."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--problem", nargs="+", default=list(PEERS), choices=list(PEERS))
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--seconds", type=float, default=0.1, help="the least time of one turn")
+    """Run what is asked for."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    names = [*_SECTIONS, "growth"]
+    parser.add_argument("sections", nargs="*", help=f"some of {', '.join(names)}; all if none")
+    parser.add_argument("--rounds", type=int, default=15, help="how many times of each")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="cores to use")
+    parser.add_argument("--out", type=Path, help="a folder to write into")
     settings = parser.parse_args()
+    unknown = set(settings.sections) - set(names)
+    if unknown:
+        parser.error(f"there is no section {', '.join(sorted(unknown))}; there are {names}")
     torch.set_num_threads(settings.threads)
     if hasattr(os, "sched_setaffinity"):  # for JAX, which has no number of threads to set
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: settings.threads])
     pyro.enable_validation(False)
-    print(machine(), versions(*_PACKAGES), sep="\n")
-    for problem in settings.problem:
-        times = compare(problem, rounds=settings.rounds, seconds=settings.seconds)
-        print(f"\n{problem}, time per step\n{table(times, baseline='pyro_svi')}")
+    text = _run(settings.sections or names, settings.rounds, settings.out)
+    if settings.out is not None:
+        settings.out.mkdir(parents=True, exist_ok=True)
+        (settings.out / "cpu.md").write_text(text)
+
+
+def _run(sections: list[str], rounds: int, out: Path | None) -> str:
+    """Print results as they come; returns all of them as a page."""
+    head = f"{machine()}\n\n{versions(*_PACKAGES)}"
+    print(head, flush=True)
+    found = []
+    for section in sections:
+        for timed in _SECTIONS[section](rounds) if section in _SECTIONS else ():
+            found.append(timed)
+            print(f"\n{times(timed)}", flush=True)
+    parts = ["# Times and ratios", head]
+    if found:
+        parts += ["## Ratios of medians", ratios(found)]
+        print(f"\n{parts[-1]}")
+    if "growth" in sections:
+        grown = list(growth.growth())
+        parts += ["## Growth", growth.table(grown)]
+        print(f"\n{parts[-1]}")
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            growth.plot(grown, out / "growth.png")
+            parts.append("![Time over size, beside lines that are linear](growth.png)")
+    parts += ["## Remarks", _REMARKS]
+    if found:
+        parts += ["## Times", *map(times, found)]
+    return "\n\n".join(parts) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,22 +1,18 @@
 """Time of an epoch of `fit` beside a bare loop of compiled steps on the same data.
 
-    python -m benchmarks.epochs --threads 2
-
 The VAE of `benchmarks.problems` on 60,000 rows of random bits, the size of MNIST. The loop runs
 between the epochs of the fit, so that both meet the same machine.
 """
 
-import argparse
 import time
 from collections.abc import Callable
 
 import lightning.pytorch as pl
-import pyro
 import torch
 from torch import Tensor
 
 from benchmarks.problems import VAE, own_parameters, vae
-from benchmarks.timing import machine, table, versions
+from benchmarks.report import Timed
 from pyro_lvm import CompiledStep, TraceInfo_ELBO, fit
 
 __all__ = ["epochs"]
@@ -24,8 +20,8 @@ __all__ = ["epochs"]
 NUM_DATA = 60_000
 
 
-def epochs(batch_size: int = 128, rounds: int = 7) -> dict[str, list[float]]:
-    """Milliseconds per epoch of fit and of the loop.
+def epochs(batch_size: int = 128, rounds: int = 7) -> Timed:
+    """Times of an epoch of fit and of the loop.
 
     Args:
         batch_size: The size of the minibatches.
@@ -49,21 +45,8 @@ def epochs(batch_size: int = 128, rounds: int = 7) -> dict[str, list[float]]:
             progress=False,
         )
     )()
-    return turns.times
-
-
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.epochs", description=__doc__)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    settings = parser.parse_args()
-    torch.set_num_threads(settings.threads)
-    pyro.enable_validation(False)
-    print(machine(), versions("torch", "pyro-ppl", "lightning"), sep="\n")
-    times = epochs(settings.batch_size, settings.rounds)
-    print(f"\nan epoch of {NUM_DATA:,} data, time per epoch\n{table(times, 'bare_loop')}")
+    title = f"an epoch of {NUM_DATA:,} data, batch {batch_size}"
+    return Timed(title, turns.times, "bare_loop")
 
 
 class _InTurns(pl.Callback):
@@ -94,7 +77,3 @@ def _bare_loop(x: Tensor, batch_size: int) -> Callable[[], None]:
             step(x)
 
     return epoch
-
-
-if __name__ == "__main__":
-    main()

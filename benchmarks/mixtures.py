@@ -1,17 +1,11 @@
 """Time of a step of SVI and of an iteration of EM for mixtures with full covariances.
 
-    python -m benchmarks.mixtures --threads 1
-    python -m benchmarks.mixtures --many        # 10 million data, EM only
-
-SVI is on all data, beside the same story written in plain Pyro; EM is beside scikit-learn and,
-where it is installed, pomegranate, all in float32 from the same start. Pyro's validation is off.
+SVI is on all data, beside the same story written in plain Pyro; EM is beside scikit-learn and
+pomegranate, all in float32 from the same start.
 """
 
-import argparse
-import resource
 import warnings
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 import pyro
@@ -22,15 +16,15 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from benchmarks.problems import own_parameters
-from benchmarks.timing import ManySteps, interleaved, machine, table, versions
+from benchmarks.report import Timed
+from benchmarks.timing import ManySteps, interleaved
+from pyro_lvm import CompiledStep
 from pyro_lvm.models import GaussianMixture
 
-__all__ = ["em", "mixture_data", "svi"]
+__all__ = ["em_alone", "mixtures"]
 
 SIZES = {"features": 16, "components": 32}
 ITERATIONS = 5  # and all libraries compute the log-likelihood once more at the end
-_LARGEST_PLAIN_SVI = 100_000  # it holds some ten tables of N x C x D numbers
-_LARGEST_POMEGRANATE = 1_000_000
 
 
 def mixture_data(num_data: int) -> Tensor:
@@ -42,55 +36,43 @@ def mixture_data(num_data: int) -> Tensor:
 
 
 def svi(x: Tensor) -> dict[str, Callable[[], Any]]:
-    """A step of SVI with the label summed out, on all data."""
-    steps = {"pyro_lvm": own_parameters(_svi_step(*_pair(), x))}
-    if len(x) <= _LARGEST_PLAIN_SVI:
-        steps["pyro"] = own_parameters(_svi_step(_plain_model(), lambda x: None, x))
-    return steps
+    """A step of SVI with the label summed out, on all data; ours compiled, and in Pyro's SVI."""
+    compiled = CompiledStep(_objective(), *_pair())
+    return {
+        "pyro_lvm_step": own_parameters(lambda: compiled(x)),
+        "pyro_lvm_svi": own_parameters(_svi_step(*_pair(), x)),
+        "pyro_svi": own_parameters(_svi_step(_plain_model(), lambda x: None, x)),
+    }
 
 
 def em(x: Tensor) -> dict[str, Callable[[], Any]]:
     """Iterations of exact EM, each library through its own interface."""
-    steps = {"pyro_lvm": _em_by_pyro_lvm(x), "scikit-learn": _em_by_sklearn(x)}
-    if find_spec("pomegranate") and len(x) <= _LARGEST_POMEGRANATE:
-        steps["pomegranate"] = _em_by_pomegranate(x)
-    return steps
+    return {
+        "pyro_lvm": _em_by_pyro_lvm(x),
+        "scikit-learn": _em_by_sklearn(x),
+        "pomegranate": _em_by_pomegranate(x),
+    }
 
 
-def main() -> None:
-    """Print two tables per number of data."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.mixtures", description=__doc__)
-    parser.add_argument("--data", nargs="+", type=int, default=[1000, 20_000, 100_000, 1_000_000])
-    parser.add_argument("--many", action="store_true", help="10 million data instead, EM only")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    settings = parser.parse_args()
-    torch.set_num_threads(settings.threads)
-    pyro.enable_validation(False)
-    print(machine(), versions("torch", "pyro-ppl", "scikit-learn", "pomegranate"), sep="\n")
-    if not find_spec("pomegranate"):
-        print("pomegranate isn't installed: pip install pomegranate")
-    for num_data in [10_000_000] if settings.many else settings.data:
-        x = mixture_data(num_data)
-        shape = f"{num_data:,} x {SIZES['features']}, {SIZES['components']} full covariances"
-        if settings.many:
-            _print_one(f"EM, {shape}", _em_by_pyro_lvm(x))
-            continue
-        rounds = settings.rounds if num_data < 500_000 else 3
-        timing = {"rounds": rounds, "warm_up": 2 if num_data < 500_000 else 1}
-        for title, steps, baseline in (
-            ("SVI, ms per step", svi(x), "pyro"),
-            ("EM, ms per iteration", em(x), "scikit-learn"),
-        ):
-            times = interleaved(steps, **timing)
-            shown = table(times, baseline if baseline in times else None)
-            print(f"\n{title}, {shape}\n{shown}", flush=True)
+def mixtures(num_data: int, rounds: int = 7) -> list[Timed]:
+    """Times of a step of SVI, and of an iteration of EM.
+
+    Args:
+        num_data: How many data.
+        rounds: How many times of each.
+    """
+    x = mixture_data(num_data)
+    shape = f"{num_data:,} x {SIZES['features']}, {SIZES['components']} full covariances"
+    timing = {"rounds": rounds, "warm_up": 2}
+    return [
+        Timed(f"SVI, {shape}", interleaved(svi(x), **timing), "pyro_svi"),
+        Timed(f"EM, {shape}", interleaved(em(x), **timing), "scikit-learn"),
+    ]
 
 
-def _print_one(title: str, steps: ManySteps) -> None:
-    times = interleaved({"pyro_lvm": steps}, rounds=2, warm_up=1)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"\n{title}, ms per iteration; at most {memory:.1f} GiB\n{table(times)}")
+def em_alone(num_data: int) -> ManySteps:
+    """Iterations of our EM on as many data as the memory holds."""
+    return _em_by_pyro_lvm(mixture_data(num_data))
 
 
 def _centres() -> Tensor:
@@ -132,9 +114,12 @@ def _plain_model() -> Callable:
 
 
 def _svi_step(model: Callable, guide: Callable, x: Tensor) -> Callable[[], float]:
-    elbo = TraceEnum_ELBO(max_plate_nesting=1)
-    stepper = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), elbo)
+    stepper = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), _objective())
     return lambda: stepper.step(x)
+
+
+def _objective() -> TraceEnum_ELBO:
+    return TraceEnum_ELBO(max_plate_nesting=1)
 
 
 def _em_by_pyro_lvm(x: Tensor) -> ManySteps:
@@ -185,7 +170,3 @@ def _em_by_pomegranate(x: Tensor) -> ManySteps:
         return mixture
 
     return ManySteps(fit, ITERATIONS)
-
-
-if __name__ == "__main__":
-    main()

@@ -5,6 +5,7 @@ Each constructor returns a `Problem`. The same stories in other libraries are in
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyro
@@ -68,9 +69,9 @@ class Problem:
 class Networks(nn.Module):
     """The two networks of the VAE: ReLU, a log-variance for the latents, logits for the pixels."""
 
-    def __init__(self) -> None:
+    def __init__(self, latents: int = VAE["latents"]) -> None:
         super().__init__()
-        features, hidden, latents = VAE["features"], VAE["hidden"], VAE["latents"]
+        features, hidden = VAE["features"], VAE["hidden"]
         self.hidden = nn.Sequential(nn.Linear(features, hidden), nn.ReLU())
         self.loc, self.log_variance = nn.Linear(hidden, latents), nn.Linear(hidden, latents)
         self.decoder = nn.Sequential(
@@ -83,14 +84,14 @@ class Networks(nn.Module):
         return self.loc(h), self.log_variance(h)
 
 
-def vae(batch_size: int = 128, device: str = "cpu") -> Problem:
+def vae(batch_size: int = 128, device: str = "cpu", *, latents: int = VAE["latents"]) -> Problem:
     """A VAE 784-400-20 on random bits, as in Pyro's tutorial: ``pyro.module`` and one latent."""
-    networks = Networks().to(device)
+    networks = Networks(latents).to(device)
 
     def model(x: Tensor) -> None:
         pyro.module("decoder", networks.decoder)
         with pyro.plate("data", len(x)):
-            prior = dist.Normal(x.new_zeros(len(x), VAE["latents"]), 1.0)
+            prior = dist.Normal(x.new_zeros(len(x), latents), 1.0)
             z = pyro.sample("z", prior.to_event(1))
             logits = networks.decoder(z)
             pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
@@ -180,7 +181,8 @@ def regression(device: str = "cpu") -> Problem:
 
 
 PROBLEMS: dict[str, Callable[..., Problem]] = {
-    "vae": vae,
+    "vae, batch 128": vae,
+    "vae, batch 512": partial(vae, 512),
     "factor analysis": factor_analysis,
     "mixture": mixture,
     "regression": regression,

@@ -13,8 +13,9 @@ from benchmarks.peers import by_hand, by_numpyro, by_pyro, by_pyro_lvm, by_pytha
 
 __all__ = ["PEERS"]
 
-PEERS: dict[str, dict[str, Callable[[], Callable[[], Any]]]] = {
-    "vae": {
+
+def _vae(batch_size: int) -> dict[str, Callable[[], Callable[[], Any]]]:
+    peers: dict[str, Callable[..., Any]] = {
         "handwritten_eager": by_hand.vae_eager,
         "handwritten_compiled": by_hand.vae_compiled,
         "pyro_svi": by_pyro.vae,
@@ -22,7 +23,13 @@ PEERS: dict[str, dict[str, Callable[[], Callable[[], Any]]]] = {
         "numpyro_jit": by_numpyro.vae,
         "numpyro_jit_mean_field": by_numpyro.vae_mean_field,
         "pythae": by_pythae.vae,
-    },
+    }
+    return {name: partial(build, batch_size) for name, build in peers.items()}
+
+
+PEERS: dict[str, dict[str, Callable[[], Callable[[], Any]]]] = {
+    "vae, batch 128": _vae(128),
+    "vae, batch 512": _vae(512),
     "factor analysis": {
         "pyro_svi": by_pyro.factor_analysis,
         "numpyro_jit": by_numpyro.factor_analysis,
@@ -44,5 +51,5 @@ PEERS: dict[str, dict[str, Callable[[], Callable[[], Any]]]] = {
 for _problem, _peers in PEERS.items():
     _peers["pyro_lvm_loss"] = partial(by_pyro_lvm.compiled_loss, _problem)
     _peers["pyro_lvm_step"] = partial(by_pyro_lvm.steps, _problem)
-    if _problem != "vae":  # its time is that of its matrix products
+    if not _problem.startswith("vae"):  # its time is that of its matrix products
         _peers["pyro_lvm_10_steps"] = partial(by_pyro_lvm.steps, _problem, 10)

@@ -10,9 +10,10 @@ from typing import IO, Any
 
 import torch
 
-__all__ = ["atomic", "read", "write"]
+__all__ = ["atomic", "read", "remove_parts", "write"]
 
 _FORMAT, _VERSION = "pyro_lvm pair", 1
+_PART = ".part"
 _A_FILE = "a file that lvm.save has written"
 
 
@@ -20,23 +21,29 @@ _A_FILE = "a file that lvm.save has written"
 def atomic(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     """A file to write to that takes its place at ``path`` once it is complete and on the disk.
 
-    If the block raises, what was at ``path`` stays there.
+    If the block raises, what was at ``path`` stays there. If the process is killed in it, the part
+    that was written stays beside it, see `remove_parts`.
 
     Raises:
-        ValueError: If ``path`` is a folder, or in a folder that does not exist.
+        OSError: If it can't be written.
     """
     target = Path(path).resolve()  # a link stays one
-    if target.is_dir() or not target.parent.is_dir():
-        raise ValueError(f"Expected the path of a file in an existing folder; got {path}.")
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}{_PART}")
     try:
         with temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
+        _sync_directory(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_parts(directory: Path) -> None:
+    """Delete what killed processes left half-written in a folder that nobody writes to now."""
+    for part in directory.glob(f".*{_PART}"):
+        part.unlink(missing_ok=True)
 
 
 def write(contents: dict[str, Any], path: str | os.PathLike) -> None:
@@ -45,6 +52,9 @@ def write(contents: dict[str, Any], path: str | os.PathLike) -> None:
     Raises:
         ValueError: If ``path`` can't be written to, or there are values that could not be read.
     """
+    target = Path(path).resolve()
+    if target.is_dir() or not target.parent.is_dir():
+        raise ValueError(f"Expected the path of a file in an existing folder; got {path}.")
     with atomic(path) as file:
         torch.save({"format": _FORMAT, "version": _VERSION, **contents}, file)
         file.flush()
@@ -89,3 +99,14 @@ def _check_whole(path: str | os.PathLike) -> None:
         raise ValueError(f"Expected {_A_FILE}; got {path}, damaged: {error}") from error
     if damaged is not None:
         raise ValueError(f"Expected {_A_FILE}; got {path}, damaged in {damaged!r}.")
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make a renaming last; systems that can't open a directory have no need to."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -5,12 +5,13 @@ A file is what ``torch.save`` writes, followed by a mark and the SHA-256 of all 
 """
 
 import hashlib
-import os
 import warnings
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import IO, Any, cast
 
 import torch
+
+from pyro_lvm.storage.files import atomic, remove_parts
 
 __all__ = [
     "CheckpointError",
@@ -50,17 +51,8 @@ def write(path: Path, state: dict[str, Any]) -> None:
     Raises:
         OSError: If it can't be written; nothing is left behind then.
     """
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as file:
-            _save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-        _sync_directory(path.parent)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with atomic(path) as file:
+        _save(state, file)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -117,14 +109,15 @@ def newest(directory: Path) -> tuple[Path, dict[str, Any]] | None:
 
 def prune(directory: Path, keep: int = 2) -> None:
     """Delete all checkpoints but the newest ones, and what a killed run left half-written."""
-    for path in [*_newest_first(directory)[keep:], *directory.glob("*.pt.part")]:
+    for path in _newest_first(directory)[keep:]:
         path.unlink(missing_ok=True)
+    remove_parts(directory)
 
 
 class _Hashing:
     """A file that hashes what is written to it."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
         self.file, self.hash = file, hashlib.sha256()
         self.error: OSError | None = None
 
@@ -140,10 +133,10 @@ class _Hashing:
         self.file.flush()
 
 
-def _save(state: dict[str, Any], file: BinaryIO) -> None:
+def _save(state: dict[str, Any], file: IO[bytes]) -> None:
     hashing = _Hashing(file)
     try:
-        torch.save(state, cast(BinaryIO, hashing))  # it writes and flushes: all that torch needs
+        torch.save(state, cast(IO[bytes], hashing))  # it writes and flushes: all that torch needs
     except RuntimeError as error:
         # torch's own complaint hides that of the file system
         raise hashing.error or error from None
@@ -164,14 +157,3 @@ def _is_whole(path: Path) -> bool:
 
 def _newest_first(directory: Path) -> list[Path]:
     return sorted(directory.glob("step-*.pt"), reverse=True)
-
-
-def _sync_directory(directory: Path) -> None:
-    """Make a renaming last; systems that can't open a directory have no need to."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

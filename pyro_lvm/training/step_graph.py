@@ -1,6 +1,7 @@
 """The graph of whole training steps: made from a recorded loss, and run on the tensors in place."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pyro_lvm.pair import untouched_random_state
+from pyro_lvm.training.cuda_graph import CudaGraph
 from pyro_lvm.training.recording import Recording, unchanged
 from pyro_lvm.training.updates import Rule, rule_of
 
@@ -142,14 +144,22 @@ class StepGraph:
             *inputs[: len(inputs) - num_given - len(self.tensors.rest)],
             *self.recording.footprint.states,
         ]
-        with torch.no_grad(), untouched_random_state(tuple(inputs)), unchanged(changed):
+
+        @contextmanager
+        def undone() -> Iterator[None]:
+            with torch.no_grad(), untouched_random_state(tuple(inputs)), unchanged(changed):
+                yield
+
+        with undone():
             graph = make_fx(
                 lambda *flat: [steps(tree_unflatten(list(flat), spec))], tracing_mode="fake"
             )(*inputs)
             self.run = backend(graph, inputs)
             self._check(inputs)
-            if self.trained[0].is_cuda:
-                self.run = _CudaGraph(self.run, inputs, num_given)
+        if self.trained[0].is_cuda:
+            # rows change from call to call, and the data that they are rows of do not
+            copied = range(len(self.fixed), len(self.fixed) + (len(self.tensors.rows) or num_given))
+            self.run = CudaGraph(self.run, inputs, copied=copied, undone=undone)
 
     def _check(self, inputs: list[Tensor]) -> None:
         with untouched_random_state(tuple(inputs)):
@@ -284,39 +294,3 @@ def _slots(optimizer: Optimizer, p: Tensor, rule: Rule) -> dict[str, Tensor]:
         if state.get(name) is None:
             state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
     return {name: state[name] for name in rule.state_names}
-
-
-class _CudaGraph:
-    """A function as a CUDA graph, without Python between its kernels.
-
-    What is given to it is copied to where the graph reads it. Large data that steps pick rows from
-    are given again and again: they are read where they are, and another tensor has another graph.
-    """
-
-    def __init__(
-        self, run: Callable[..., Sequence[Tensor]], inputs: list[Tensor], num_given: int
-    ) -> None:
-        self.function, self.num_given = run, num_given
-        self._capture(inputs)
-
-    def __call__(self, *inputs: Tensor) -> list[Tensor]:
-        """Run on these inputs."""
-        for mine, given in zip(
-            self.inputs[-self.num_given :], inputs[-self.num_given :], strict=True
-        ):
-            mine.copy_(given)
-        self.graph.replay()
-        return [output.clone() for output in self.outputs]
-
-    def _capture(self, inputs: list[Tensor]) -> None:
-        fixed = len(inputs) - self.num_given
-        self.inputs = [*inputs[:fixed], *(t.clone() for t in inputs[fixed:])]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # libraries set themselves up in their first calls
-                self.function(*self.inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.outputs = self.function(*self.inputs)
