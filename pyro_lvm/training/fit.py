@@ -129,7 +129,7 @@ def fit(
         seed: Seed of all random numbers of the run; the generators go on from where they are if
             None.
         compile: Whether loss, gradient and update are compiled to one graph, see `CompiledStep`;
-            "auto" compiles runs of 10,000 steps and more, if it can. It takes some ten seconds, and
+            "auto" compiles runs of 4,000 steps and more, if it can. It takes some ten seconds, and
             then a step costs its arithmetic and no Python. Data must be tensors, the optimiser
             Adam, AdamW, SGD or Pyro's ClippedAdam, and callbacks act between epochs. Python that
             changes from step to step is frozen while a graph is in use: the graph is compared with
