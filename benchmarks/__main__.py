@@ -3,6 +3,7 @@
     python -m benchmarks                                  # everything, some 20 minutes
     python -m benchmarks steps mixtures --rounds 7
     python -m benchmarks growth --out benchmarks/results  # writes cpu.md and growth.png there
+    python -m benchmarks cuda --out benchmarks/results    # on a CUDA device; writes cuda.md
 
 Whatever is compared takes turns, so that a busy machine is busy for all. Pyro's validation is off,
 as NumPyro's is by default.
@@ -20,7 +21,7 @@ from benchmarks import growth
 from benchmarks.epochs import epochs
 from benchmarks.mixtures import mixtures
 from benchmarks.objectives import objectives
-from benchmarks.peers import PEERS
+from benchmarks.peers import PEERS, built, on_cuda
 from benchmarks.report import Timed, ratios, times
 from benchmarks.timing import interleaved, machine, versions
 
@@ -45,8 +46,7 @@ is above 1 where what a step works on no longer fits into the processor's caches
 def steps(rounds: int) -> Iterator[Timed]:
     """A training step of each problem in all libraries."""
     for problem, peers in PEERS.items():
-        built = {name: build() for name, build in peers.items()}
-        yield Timed(problem, interleaved(built, rounds=rounds), "pyro_svi")
+        yield Timed(problem, interleaved(built(peers), rounds=rounds), "pyro_svi")
 
 
 def _mixtures(rounds: int) -> Iterator[Timed]:
@@ -54,12 +54,21 @@ def _mixtures(rounds: int) -> Iterator[Timed]:
         yield from mixtures(num_data, min(rounds, 7))
 
 
+def _cuda(rounds: int) -> Iterator[Timed]:
+    for batch_size in (128, 512):
+        steps = built(on_cuda(batch_size), device="cuda")
+        title = f"vae on CUDA, batch {batch_size}"
+        yield Timed(title, interleaved(steps, rounds=rounds), "pyro_svi")
+
+
 _SECTIONS: dict[str, Callable[[int], Iterator[Timed]]] = {
     "steps": steps,
     "objectives": lambda rounds: iter([objectives(rounds=rounds)]),
     "epochs": lambda rounds: iter([epochs(rounds=rounds)]),
     "mixtures": _mixtures,
+    "cuda": _cuda,
 }
+_ON_CPU = [*(name for name in _SECTIONS if name != "cuda"), "growth"]
 
 
 def main() -> None:
@@ -70,7 +79,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     names = [*_SECTIONS, "growth"]
-    parser.add_argument("sections", nargs="*", help=f"some of {', '.join(names)}; all if none")
+    parser.add_argument("sections", nargs="*", help=f"some of {', '.join(names)}")
     parser.add_argument("--rounds", type=int, default=15, help="how many times of each")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="cores to use")
     parser.add_argument("--out", type=Path, help="a folder to write into")
@@ -82,10 +91,11 @@ def main() -> None:
     if hasattr(os, "sched_setaffinity"):  # for JAX, which has no number of threads to set
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: settings.threads])
     pyro.enable_validation(False)
-    text = _run(settings.sections or names, settings.rounds, settings.out)
+    text = _run(settings.sections or _ON_CPU, settings.rounds, settings.out)
     if settings.out is not None:
         settings.out.mkdir(parents=True, exist_ok=True)
-        (settings.out / "cpu.md").write_text(text)
+        name = "cuda" if settings.sections == ["cuda"] else "cpu"
+        (settings.out / f"{name}.md").write_text(text)
 
 
 def _run(sections: list[str], rounds: int, out: Path | None) -> str:
