@@ -40,6 +40,7 @@ CALLS = {
     "x^T y^T": lambda x, y: y.T @ x.T,
     "x y^T of a transposed": lambda x, y: x @ y.T.contiguous().T,
     "3 b - 2 x y": lambda x, y: torch.addmm(y[0], x, y, beta=3, alpha=-2),
+    "nothing added": lambda x, y: torch.addmm(y[0] / 0, x, y, beta=0),
     "b + x y, a matrix": lambda x, y: torch.addmm(x[:, :1].expand(-1, y.shape[1]), x, y),
 }
 

@@ -61,8 +61,8 @@ class TraceInfo_ELBO(ELBO):
     Args:
         alpha: Weight that is taken off the KL of local latents; below 0 for a beta above 1.
         lambda_: Weight of the divergence on the aggregate posterior, as in the paper. Both may be
-            tensors, scalars that are changed in place as training goes on: compiled losses and
-            steps follow them, where another number would be compiled anew.
+            tensors, scalars on the device of the data that are changed in place as training goes
+            on: compiled losses and steps follow them, where another number would be compiled anew.
         divergence: Module or function of two tensors, draws from q(z) ``B x D`` and from p(z)
             ``B x D``, that returns a scalar; needed if ``alpha + lambda_ != 1``.
         sites: Local latents to compare, jointly; all of them if None.

@@ -24,7 +24,7 @@ def compile_loss(graph: fx.GraphModule) -> Callable[..., Any]:
 
 
 def compile_step(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Sequence[Tensor]]:
-    """Compile a graph that is not differentiated, without guards of its inputs."""
+    """Compile a graph for inputs like these, without guards that look at them."""
     with _scatters_in_place():
         return torch._inductor.compile(graph, [*inputs], options=_options())
 
@@ -42,18 +42,19 @@ class _ProductsByOneDNN(CustomGraphPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         """Replace what is large enough, in place."""
-        if torch.backends.cpu.get_cpu_capability() != "AVX512":
-            return
-        if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
-            return
-        for target in (_aten.mm.default, _aten.addmm.default):
+        for target in (_aten.mm.default, _aten.addmm.default) if _has_onednn() else ():
             for node in graph.find_nodes(op="call_function", target=target):
                 if _is_large_enough(node):
                     _replace(graph, node)
 
     def uuid(self) -> Any:
         """What the cache of compiled graphs knows this by."""
-        return get_hash_for_files((__file__,))
+        return get_hash_for_files((__file__,)), _has_onednn()
+
+
+def _has_onednn() -> bool:
+    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return has_avx512 and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
 
 
 def _is_large_enough(node: fx.Node) -> bool:
@@ -78,8 +79,8 @@ def _replace(graph: fx.Graph, node: fx.Node) -> None:
     for name, factor in node.kwargs.items():  # those of addmm
         if name == "alpha":
             result = call(_aten.mul.Tensor, result, factor)
-        else:
-            added = [call(_aten.mul.Tensor, other, factor) for other in added]
+        else:  # beta; with 0, what is added may be anything
+            added = [call(_aten.mul.Tensor, b, factor) for b in added] if factor else []
     for other in added:
         result = call(_aten.add.Tensor, result, other)
     node.replace_all_uses_with(result)

@@ -156,7 +156,7 @@ class StepGraph:
             )(*inputs)
             self.run = backend(graph, inputs)
             self._check(inputs)
-        if self.trained[0].is_cuda:
+        if all(t.is_cuda for t in inputs):  # a number on the host would be that of the capture
             # rows change from call to call, and the data that they are rows of do not
             copied = range(len(self.fixed), len(self.fixed) + (len(self.tensors.rows) or num_given))
             self.run = CudaGraph(self.run, inputs, copied=copied, undone=undone)
