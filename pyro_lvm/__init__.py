@@ -5,6 +5,7 @@ log p(x) with an error bar, and compare posteriors in ArviZ.
 """
 
 from pyro_lvm import datasets, distributions, divergences, infer, marginal, models, nn, plots
+from pyro_lvm.compiled import CompiledStep, compile
 from pyro_lvm.configured import Configured
 from pyro_lvm.divergences import MMD
 from pyro_lvm.infer import TraceInfo_ELBO
@@ -14,7 +15,7 @@ from pyro_lvm.models import VAE, GaussianMixture
 from pyro_lvm.pair import plate_size
 from pyro_lvm.storage import load, save
 from pyro_lvm.terms import Terms, compute_terms
-from pyro_lvm.training import CompiledStep, Fit, compile, fit
+from pyro_lvm.training import Fit, fit
 
 __version__ = "0.1.0.dev0"
 

@@ -13,7 +13,7 @@ from pyro.optim.clipped_adam import ClippedAdam
 from torch import nn
 
 import pyro_lvm as lvm
-from pyro_lvm.training import CompiledStep
+from pyro_lvm.compiled import CompiledStep
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 

@@ -14,7 +14,7 @@ from pyro.infer import Trace_ELBO
 from torch.utils.data import Dataset
 
 import pyro_lvm as lvm
-from pyro_lvm.training import CompiledStep, step
+from pyro_lvm.compiled import CompiledStep, step
 from pyro_lvm.training.batches import Batches
 from pyro_lvm.training.choice import takes_compiled_steps
 

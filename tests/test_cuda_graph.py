@@ -5,8 +5,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from pyro_lvm.training import cuda_graph
-from pyro_lvm.training.cuda_graph import CudaGraph
+from pyro_lvm.compiled import cuda_graph
+from pyro_lvm.compiled.cuda_graph import CudaGraph
 
 
 def on_the_cpu(function, inputs):

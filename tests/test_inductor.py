@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_lvm.training.inductor import _ProductsByOneDNN, compile_loss, compile_step
+from pyro_lvm.compiled.inductor import _ProductsByOneDNN, compile_loss, compile_step
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler"),

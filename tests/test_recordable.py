@@ -15,8 +15,8 @@ from torch.distributions import constraints
 from torch.distributions.utils import _standard_normal
 
 import pyro_lvm as lvm
-from pyro_lvm.training.recordable import recordable
-from pyro_lvm.training.tracing import trace
+from pyro_lvm.compiled.recordable import recordable
+from pyro_lvm.compiled.tracing import trace
 
 
 def as_recorded(graph, inputs=None):

@@ -5,8 +5,6 @@ is imported only where Lightning is needed.
 """
 
 from pyro_lvm.training.batches import Batches
-from pyro_lvm.training.compile import CompiledLoss, compile
 from pyro_lvm.training.fit import Fit, fit
-from pyro_lvm.training.step import CompiledStep
 
-__all__ = ["Batches", "CompiledLoss", "CompiledStep", "Fit", "compile", "fit"]
+__all__ = ["Batches", "Fit", "fit"]

@@ -5,10 +5,10 @@ from typing import Any, Literal
 
 import torch
 
+from pyro_lvm.compiled.updates import rule_of
 from pyro_lvm.training.batches import Batches
 from pyro_lvm.training.loaders import Loaded
 from pyro_lvm.training.sources import Tensors
-from pyro_lvm.training.updates import rule_of
 
 __all__ = ["Compile", "takes_compiled_steps"]
 

@@ -7,11 +7,11 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyro_lvm.compiled.step import CompiledStep
+from pyro_lvm.compiled.step_graph import Clip
 from pyro_lvm.pair import untouched_random_state
 from pyro_lvm.training.groups import Group, Groups
 from pyro_lvm.training.lightning import PairModule, Unseen, is_at_hand
-from pyro_lvm.training.step import CompiledStep
-from pyro_lvm.training.step_graph import Clip
 
 __all__ = ["CompiledPairModule"]
 

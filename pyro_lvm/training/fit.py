@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pyro_lvm.checks import check_count
+from pyro_lvm.compiled.objective import check_differentiable
+from pyro_lvm.compiled.step_graph import Clip
 from pyro_lvm.infer import TraceInfo_ELBO
 from pyro_lvm.pair import Program, modules_of
 from pyro_lvm.training.batches import Batches
@@ -21,7 +23,6 @@ from pyro_lvm.training.checkpoint import newest
 from pyro_lvm.training.choice import Compile, takes_compiled_steps
 from pyro_lvm.training.groups import Groups
 from pyro_lvm.training.loaders import Loaded
-from pyro_lvm.training.objective import check_differentiable
 from pyro_lvm.training.preflight import (
     check_alike,
     check_checkpoints,
@@ -34,7 +35,6 @@ from pyro_lvm.training.preflight import (
 from pyro_lvm.training.processes import Processes
 from pyro_lvm.training.result import Fit, Stopped
 from pyro_lvm.training.sources import Data
-from pyro_lvm.training.step_graph import Clip
 from pyro_lvm.training.strategies import (
     check_strategy,
     device_of_process,

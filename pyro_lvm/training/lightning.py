@@ -11,6 +11,7 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor, nn
 
+from pyro_lvm.compiled.objective import loss_and_parts
 from pyro_lvm.pair import (
     Program,
     modules_of,
@@ -22,7 +23,6 @@ from pyro_lvm.pair import (
 from pyro_lvm.training.diagnosis import NOTHING_FOUND, explain
 from pyro_lvm.training.discovery import Newcomers
 from pyro_lvm.training.history import History
-from pyro_lvm.training.objective import loss_and_parts
 from pyro_lvm.training.randomness import random_state, set_random_state
 from pyro_lvm.training.tensors import PairTensors, check_same_tensors
 from pyro_lvm.training.together import Together

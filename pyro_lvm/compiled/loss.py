@@ -8,10 +8,9 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor, fx, nn
 
-from pyro_lvm.pair import Program, modules_of, untouched_random_state
-from pyro_lvm.training.inductor import compile_loss
-from pyro_lvm.training.objective import check_differentiable, loss_and_parts
-from pyro_lvm.training.recording import (
+from pyro_lvm.compiled.inductor import compile_loss
+from pyro_lvm.compiled.objective import check_differentiable, loss_and_parts
+from pyro_lvm.compiled.recording import (
     NotRecordable,
     Recording,
     find,
@@ -22,7 +21,8 @@ from pyro_lvm.training.recording import (
     tensors_of,
     unchanged,
 )
-from pyro_lvm.training.tracing import Footprint
+from pyro_lvm.compiled.tracing import Footprint
+from pyro_lvm.pair import Program, modules_of, untouched_random_state
 
 __all__ = ["Backend", "CompiledLoss", "compile"]
 

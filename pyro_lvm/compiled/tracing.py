@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from pyro_lvm.compiled.recordable import recordable
 from pyro_lvm.pair import modules_of
-from pyro_lvm.training.recordable import recordable
 
 __all__ = ["Footprint", "Graph", "footprint", "trace"]
 

@@ -10,10 +10,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from pyro_lvm.compiled.cuda_graph import CudaGraph
+from pyro_lvm.compiled.recording import Recording, unchanged
+from pyro_lvm.compiled.updates import Rule, rule_of
 from pyro_lvm.pair import untouched_random_state
-from pyro_lvm.training.cuda_graph import CudaGraph
-from pyro_lvm.training.recording import Recording, unchanged
-from pyro_lvm.training.updates import Rule, rule_of
 
 __all__ = ["Clip", "StepBackend", "StepGraph"]
 

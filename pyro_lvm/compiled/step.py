@@ -11,17 +11,9 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
 
 from pyro_lvm.checks import check_count, check_data, check_positive
-from pyro_lvm.pair import (
-    Program,
-    modules_of,
-    no_guide,
-    parameters_of,
-    plate_size,
-    untouched_random_state,
-)
-from pyro_lvm.training.inductor import compile_step
-from pyro_lvm.training.objective import check_differentiable, loss_and_parts
-from pyro_lvm.training.recording import (
+from pyro_lvm.compiled.inductor import compile_step
+from pyro_lvm.compiled.objective import check_differentiable, loss_and_parts
+from pyro_lvm.compiled.recording import (
     NotRecordable,
     Recording,
     difference,
@@ -33,8 +25,16 @@ from pyro_lvm.training.recording import (
     tensors_of,
     unchanged,
 )
-from pyro_lvm.training.step_graph import Clip, StepBackend, StepGraph
-from pyro_lvm.training.tracing import Footprint
+from pyro_lvm.compiled.step_graph import Clip, StepBackend, StepGraph
+from pyro_lvm.compiled.tracing import Footprint
+from pyro_lvm.pair import (
+    Program,
+    modules_of,
+    no_guide,
+    parameters_of,
+    plate_size,
+    untouched_random_state,
+)
 
 __all__ = ["CompiledStep"]
 

@@ -53,8 +53,9 @@ class _ProductsByOneDNN(CustomGraphPass):
 
 
 def _has_onednn() -> bool:
+    onednn = torch.backends.mkldnn
     has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return has_avx512 and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return has_avx512 and onednn.is_available() and bool(onednn.enabled)
 
 
 def _is_large_enough(node: fx.Node) -> bool:

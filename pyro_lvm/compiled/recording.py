@@ -14,9 +14,9 @@ from pyro.infer import ELBO
 from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from pyro_lvm.compiled.objective import loss_and_parts
+from pyro_lvm.compiled.tracing import Footprint, footprint, trace
 from pyro_lvm.pair import Program, untouched_random_state
-from pyro_lvm.training.objective import loss_and_parts
-from pyro_lvm.training.tracing import Footprint, footprint, trace
 
 _LIBRARIES = [*pyro.__path__, *torch.__path__, Path(__file__).parents[1]]
 
