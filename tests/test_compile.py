@@ -14,6 +14,7 @@ from torch import nn
 
 import pyro_lvm as lvm
 from pyro_lvm.compiled import CompiledStep
+from pyro_lvm.pair import parameters_of
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 
@@ -266,6 +267,39 @@ def test_learning_rates_and_loaded_states_take_effect_without_another_graph(floa
     step(*problem.args)
     after = [p.detach() for p in step.optimizer.param_groups[0]["params"]]
     torch.testing.assert_close(after, before, rtol=0, atol=0)
+    assert len(made) == 1
+
+
+SCHEDULED = {
+    "Adam": lambda p: torch.optim.Adam(p, lr=1e-2),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
+    "SGD with momentum": lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULED)
+def test_schedules_of_rates_and_momenta_need_no_other_graph(float64, name):
+    """One cycle, which changes both in every step; the same as in Python."""
+    made, results = [], []
+    for backend in (lambda graph, _: made.append(graph) or graph, no_backend):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        problem = PROBLEMS["normal_normal"]()
+        parameters = parameters_of(problem.model, problem.guide, problem.args)
+        optimizer = SCHEDULED[name](parameters)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.05, total_steps=13)
+        step = CompiledStep(
+            lvm.TraceInfo_ELBO(), problem.model, problem.guide, optimizer, backend=backend
+        )
+        losses = []
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="These steps are not compiled")
+            warnings.filterwarnings("error", message=".*lr_scheduler.step")
+            for _ in range(12):
+                losses.append(step(*problem.args))
+                schedule.step()
+        results.append([torch.cat(losses), *(p.detach().clone() for p in parameters)])
+    torch.testing.assert_close(*results)
     assert len(made) == 1
 
 

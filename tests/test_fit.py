@@ -532,6 +532,12 @@ REFUSED = {
         TypeError,
         r"optimizer.*torch\.optim\.Adam\(p",
     ),
+    "scheduler of losses": (
+        {"scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau},
+        TypeError,
+        r"scheduler.*after every step.*makes ReduceLROnPlateau",
+    ),
+    "no scheduler": ({"scheduler": lambda o: o}, TypeError, "scheduler.*makes SGD"),
     "device": ({"device": "nowhere"}, RuntimeError, "nowhere"),
     "callbacks in trainer": ({"trainer": {"callbacks": []}}, ValueError, "callbacks= instead"),
     "unknown trainer setting": ({"trainer": {"epoch": 3}}, TypeError, "epoch"),

@@ -256,6 +256,20 @@ def test_where_the_best_epoch_came_before_they_have_their_first_values(make):
         assert torch.equal(value, first)
 
 
+def test_a_scheduler_needs_them_at_the_start():
+    pair = Plain()
+    pair.offset = lambda: pyro.param("offset", torch.zeros(2))
+    with pytest.raises(ValueError, match=r"before a scheduler.*offset.*in a later call"):
+        fit(
+            pair.model,
+            pair.guide,
+            data(),
+            epochs=STEPS,
+            scheduler=lambda o: torch.optim.lr_scheduler.ConstantLR(o),
+            callbacks=[SetLate(pair)],
+        )
+
+
 def test_frozen_ones_stay_frozen():
     class Frozen(LazyNetwork):
         def offset(self):

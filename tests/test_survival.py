@@ -213,6 +213,9 @@ SETTINGS = {
     "part of the batches": {"trainer": {"limit_train_batches": 3}},
     "every other epoch": {"checkpoint_every": 2},
     "momentum": {"optimizer": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9)},
+    "one cycle of learning rates": {
+        "scheduler": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=100)
+    },
     "an objective of Pyro's": {"elbo": Trace_ELBO()},
     "no seed": {"seed": None},
 }
@@ -438,6 +441,10 @@ OTHERS = {
     "objective": ({"elbo": Trace_ELBO()}, "elbo TraceInfo_ELBO instead of Trace_ELBO"),
     "optimiser": ({"optimizer": lambda p: torch.optim.SGD(p, lr=0.05)}, "Adam.* instead of SGD"),
     "learning rate": ({"optimizer": adam(0.1)}, "lr=0.05.* instead of .*lr=0.1"),
+    "scheduler": (
+        {"scheduler": lambda o: torch.optim.lr_scheduler.ConstantLR(o)},
+        "scheduler None instead of ConstantLR",
+    ),
 }
 
 

@@ -38,6 +38,18 @@ from pyro_lvm.pair import (
 
 __all__ = ["CompiledStep"]
 
+_SCHEDULED = {  # of a group of parameters, as torch's schedulers write it
+    "params",
+    "lr",
+    "initial_lr",
+    "max_lr",
+    "min_lr",
+    "betas",
+    "momentum",
+    "base_momentum",
+    "max_momentum",
+}
+
 
 class CompiledStep:
     """Steps of stochastic variational inference, each or several as one compiled graph.
@@ -51,10 +63,9 @@ class CompiledStep:
             losses = step(batch)
 
     The optimiser stays what it is: its ``state_dict`` is up to date after every call, and learning
-    rates are read from its groups in every call, so that schedulers work (a rate holds for all
-    steps of a call). A step whose loss is not finite changes no parameter. What can't be recorded
-    runs in Python, and a warning says why, once; see
-    `compile` for what recording means.
+    rates and momenta are read from its groups in every call, so that schedulers work (a rate holds
+    for all steps of a call). A step whose loss is not finite changes no parameter. What can't be
+    recorded runs in Python, and a warning says why, once; see `compile` for what recording means.
 
     Args:
         elbo: An objective of ours, or of Pyro's with a differentiable loss, or ``TraceGraph_ELBO``.
@@ -307,6 +318,6 @@ def _rows(data: tuple, index: Tensor) -> tuple:
 
 
 def _settings_of(group: dict[str, Any]) -> Hashable:
-    """What of a group is part of a graph: all but its parameters and the learning rate."""
-    left_out = {"params", "lr", "initial_lr"}
-    return len(group["params"]), tuple((k, v) for k, v in group.items() if k not in left_out)
+    """What of a group is part of a graph: all but its parameters and what a schedule changes."""
+    settings = ((k, v) for k, v in group.items() if k not in _SCHEDULED)
+    return len(group["params"]), bool(group.get("momentum")), tuple(settings)

@@ -130,6 +130,7 @@ class StepGraph:
         with torch.no_grad():
             (table,) = self.run(*self.fixed, *given)
         self.factors.count()
+        self.optimizer._opt_called = True  # type: ignore[attr-defined] # what schedulers look for
         return table
 
     def is_current(self) -> bool:
@@ -206,12 +207,13 @@ class _Factors:
         self.fill()
 
     def fill(self) -> None:
-        """Compute them for the next steps, from the learning rates as they are."""
+        """Compute them for the next steps, from the rates and momenta as they are."""
         for line, (group, taken) in enumerate(zip(self.groups, self.taken, strict=True)):
-            rule, rate = self.rules[group], float(self.optimizer.param_groups[group]["lr"])
+            rule, settings = self.rules[group], self.optimizer.param_groups[group]
+            rate = float(settings["lr"])
             for i, values in enumerate(self.values[:, line]):
                 rate *= rule.decay
-                factors = rule.factors(taken + i + 1, rate)
+                factors = rule.factors(settings, taken + i + 1, rate)
                 values[: len(factors)] = factors
         if self.table is not self.on_host:
             self.table.copy_(self.on_host, non_blocking=True)

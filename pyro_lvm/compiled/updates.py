@@ -26,8 +26,10 @@ class Rule:
 
     Attributes:
         state_names: Tensors that the optimiser keeps for each parameter, of its shape.
-        factors: From the number of a step (from 1) and the learning rate to the numbers that the
-            update of this step needs. They are computed once, and not for every entry.
+        factors: From the group as it is now, the number of a step (from 1) and the learning rate to
+            the numbers that the update of this step needs. They are computed once, and not for
+            every entry, and a schedule may change them: the rate, and the momenta.
+        num_factors: How many there are.
         update: From a parameter, its gradient, its state and the factors, as tensors, to the new
             parameter and state.
         decay: What the learning rate is multiplied by before every step.
@@ -36,15 +38,11 @@ class Rule:
     """
 
     state_names: tuple[str, ...]
-    factors: Callable[[int, float], tuple[float, ...]]
+    factors: Callable[[Mapping[str, Any], int, float], tuple[float, ...]]
+    num_factors: int
     update: Update
     decay: float = 1.0
     first_count: Callable[[Tensor], Any] | None = None
-
-    @property
-    def num_factors(self) -> int:
-        """How many factors there are."""
-        return len(self.factors(1, 0.0))
 
 
 def rule_of(optimizer: Optimizer, group: Mapping[str, Any]) -> Rule:
@@ -65,24 +63,25 @@ def rule_of(optimizer: Optimizer, group: Mapping[str, Any]) -> Rule:
 
 def _adam(group: Mapping[str, Any]) -> Rule:
     """Kingma and Ba (2015), algorithm 1, with the weight decay as a penalty."""
-    beta1, beta2 = map(float, group["betas"])
     eps, penalty = group["eps"], group["weight_decay"]
     # AdamW is an Adam with this flag in newer versions of torch
     decoupled = group.get("decoupled_weight_decay", False)
 
-    def factors(step: int, lr: float) -> tuple[float, ...]:
-        return lr / (1 - beta1**step), math.sqrt(1 - beta2**step), 1 - lr * penalty
+    def factors(group: Mapping[str, Any], step: int, lr: float) -> tuple[float, ...]:
+        beta1, beta2 = map(float, group["betas"])
+        size, root_bias = lr / (1 - beta1**step), math.sqrt(1 - beta2**step)
+        return size, root_bias, 1 - lr * penalty, 1 - beta1, beta2, 1 - beta2
 
     def update(
         p: Tensor, gradient: Tensor, state: State, factors: Sequence[Tensor]
     ) -> tuple[Tensor, State]:
-        size, root_bias, kept = factors
+        size, root_bias, kept, rest1, beta2, rest2 = factors
         if penalty and decoupled:
             p = p * kept
         elif penalty:
             gradient = gradient + penalty * p
-        first = state["exp_avg"] + (gradient - state["exp_avg"]) * (1 - beta1)
-        second = state["exp_avg_sq"] * beta2 + gradient * gradient * (1 - beta2)
+        first = state["exp_avg"] + (gradient - state["exp_avg"]) * rest1
+        second = state["exp_avg_sq"] * beta2 + gradient * gradient * rest2
         p = p - size * (first / (second.sqrt() / root_bias + eps))
         return p, {"exp_avg": first, "exp_avg_sq": second}
 
@@ -91,7 +90,7 @@ def _adam(group: Mapping[str, Any]) -> Rule:
     def first_count(p: Tensor) -> Tensor:
         return torch.zeros((), device=p.device if on_device else "cpu")
 
-    return Rule(("exp_avg", "exp_avg_sq"), factors, update, first_count=first_count)
+    return Rule(("exp_avg", "exp_avg_sq"), factors, 6, update, first_count=first_count)
 
 
 def _adamw(group: Mapping[str, Any]) -> Rule:
@@ -101,47 +100,53 @@ def _adamw(group: Mapping[str, Any]) -> Rule:
 
 def _clipped_adam(group: Mapping[str, Any]) -> Rule:
     """Pyro's: every entry of the gradient clipped, and a learning rate that decays by itself."""
-    beta1, beta2 = group["betas"]
     eps, penalty, bound = group["eps"], group["weight_decay"], group["clip_norm"]
 
-    def factors(step: int, lr: float) -> tuple[float, ...]:
-        return (lr * math.sqrt(1 - beta2**step) / (1 - beta1**step),)
+    def factors(group: Mapping[str, Any], step: int, lr: float) -> tuple[float, ...]:
+        beta1, beta2 = map(float, group["betas"])
+        size = lr * math.sqrt(1 - beta2**step) / (1 - beta1**step)
+        return size, beta1, 1 - beta1, beta2, 1 - beta2
 
     def update(
         p: Tensor, gradient: Tensor, state: State, factors: Sequence[Tensor]
     ) -> tuple[Tensor, State]:
+        size, beta1, rest1, beta2, rest2 = factors
         gradient = gradient.clamp(-bound, bound)
         if penalty:
             gradient = gradient + penalty * p
-        first = state["exp_avg"] * beta1 + gradient * (1 - beta1)
-        second = state["exp_avg_sq"] * beta2 + gradient * gradient * (1 - beta2)
-        p = p - factors[0] * (first / (second.sqrt() + eps))
+        first = state["exp_avg"] * beta1 + gradient * rest1
+        second = state["exp_avg_sq"] * beta2 + gradient * gradient * rest2
+        p = p - size * (first / (second.sqrt() + eps))
         return p, {"exp_avg": first, "exp_avg_sq": second}
 
     return Rule(
-        ("exp_avg", "exp_avg_sq"), factors, update, decay=group["lrd"], first_count=lambda _: 0
+        ("exp_avg", "exp_avg_sq"), factors, 5, update, decay=group["lrd"], first_count=lambda _: 0
     )
 
 
 def _sgd(group: Mapping[str, Any]) -> Rule:
     """Sutskever et al. (2013), as torch has it: v = mu v + g, p = p - lr v."""
-    momentum, penalty, nesterov = group["momentum"], group["weight_decay"], group["nesterov"]
-    if momentum and group["dampening"]:
+    has_momentum = group["momentum"] != 0
+    penalty, nesterov = group["weight_decay"], group["nesterov"]
+    if has_momentum and group["dampening"]:
         raise ValueError("Expected SGD without dampening; got it set.")
 
     def update(
         p: Tensor, gradient: Tensor, state: State, factors: Sequence[Tensor]
     ) -> tuple[Tensor, State]:
-        (lr,) = factors
+        lr, momentum = factors
         if penalty:
             gradient = gradient + penalty * p
-        if not momentum:
+        if not has_momentum:
             return p - lr * gradient, {}
         velocity = momentum * state["momentum_buffer"] + gradient
         direction = gradient + momentum * velocity if nesterov else velocity
         return p - lr * direction, {"momentum_buffer": velocity}
 
-    return Rule(("momentum_buffer",) if momentum else (), lambda step, lr: (lr,), update)
+    def factors(group: Mapping[str, Any], step: int, lr: float) -> tuple[float, ...]:
+        return lr, float(group["momentum"])
+
+    return Rule(("momentum_buffer",) if has_momentum else (), factors, 2, update)
 
 
 _RULES: dict[type[Optimizer], Callable[[Mapping[str, Any]], Rule]] = {

@@ -74,6 +74,7 @@ class CompiledPairModule(PairModule):
                     raise
                 taken.append(torch.full((1, 1 + len(steps.names)), math.nan))
             self._count_steps(1)
+            self._step_scheduler()
             loss = taken[-1][0, 0]
             if not is_at_hand(loss):
                 self._look_later(Unseen("", number, loss))
@@ -120,6 +121,11 @@ class CompiledPairModule(PairModule):
         loader = self._loader("")
         assert isinstance(loader, Groups)
         return loader.tensors
+
+    def _step_scheduler(self) -> None:
+        scheduler: Any = self.lr_schedulers()
+        if scheduler is not None:
+            scheduler.step()
 
     def _count_steps(self, number: int) -> None:
         """Count what Lightning does not see, for ``trainer.global_step``."""

@@ -49,6 +49,7 @@ __all__ = ["Fit", "Stopped", "fit"]
 
 Minibatches = Batches | Loaded
 MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+MakeScheduler = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 _STEPS_IN_A_GROUP = 32  # Lightning's work around a batch is done once for as many compiled steps
 _EVALUATION_BATCH = 1024  # validation needs no gradients, so that larger batches fit
 
@@ -62,6 +63,7 @@ def fit(
     epochs: int = 100,
     batch_size: int = 128,
     optimizer: MakeOptimizer | None = None,
+    scheduler: MakeScheduler | None = None,
     validation: Data | DataLoader | None = None,
     patience: int | None = None,
     plate: str | None = None,
@@ -122,6 +124,9 @@ def fit(
             DataLoader has its own, which is shared likewise.
         optimizer: From parameters to a torch optimiser, such as
             ``lambda p: torch.optim.Adam(p, lr=1e-3)``, which it is if None.
+        scheduler: From the optimiser to a scheduler of torch's, which is stepped after every step
+            of it, such as ``lambda o: OneCycleLR(o, max_lr=1e-2, total_steps=5000)``; an epoch has
+            ``ceil(N / batch_size)`` steps.
         validation: Held-out data like ``data``.
         patience: Stop after so many epochs without a lower validation loss.
         plate: Name of the data plate; the objective's own, or "data", if None.
@@ -149,7 +154,7 @@ def fit(
 
     Raises:
         TypeError: If data are not tensors, the objective has no differentiable loss, or the
-            optimizer is none of torch's.
+            optimizer or the scheduler is none of torch's.
         ValueError: If data, pair and objective do not fit together, compiled steps are asked for
             where they are not possible, or the checkpoint is that of another run; nothing is
             trained then.
@@ -177,11 +182,13 @@ def fit(
         from pyro_lvm.training.callbacks import BestParameters, EpochProgress
         from pyro_lvm.training.saving import Checkpoints
 
-    module = _checked_module(model, guide, elbo, optimizer or _adam, batches, held_out, plate)
+    module = _checked_module(
+        (model, guide, elbo, optimizer or _adam, scheduler), batches, held_out, plate
+    )
     compiled = takes_compiled_steps(
         _as_before(compile, directory) if resume else compile,
         batches,
-        module.configure_optimizers,
+        module.make_optimizer,
         epochs=epochs,
         callbacks=callbacks,
         settings=settings,
@@ -228,10 +235,7 @@ def fit(
 
 
 def _checked_module(
-    model: Program,
-    guide: Program | None,
-    elbo: ELBO,
-    optimizer: MakeOptimizer,
+    given: tuple[Program, Program | None, ELBO, MakeOptimizer, MakeScheduler | None],
     batches: Minibatches,
     held_out: Minibatches | None,
     plate: str,
@@ -239,6 +243,7 @@ def _checked_module(
     """What Lightning trains, once pair, objective and data have been seen to fit together."""
     from pyro_lvm.training.lightning import PairModule
 
+    model, guide, elbo, *_ = given
     modules = modules_of(model, guide, getattr(elbo, "divergence", None))
     with evaluating(modules) as home:
         for data_set in (batches, held_out) if held_out is not None else (batches,):
@@ -246,14 +251,10 @@ def _checked_module(
             check_pair(model, guide, data_set, plate, required=batches.num_batches > 1)
     with evaluating(modules):
         module = PairModule(
-            model,
-            guide,
-            elbo,
-            optimizer,
-            example=batches.smallest,
-            num_data=batches.num_data,
-            plate=plate,
+            *given, example=batches.smallest, num_data=batches.num_data, plate=plate
         )
+        if module.scheduler is not None:
+            module.configure_optimizers()  # raises here, and not when all is under way
         check_loss(module, batches.smallest, held_out)
     return module
 
@@ -336,7 +337,7 @@ def _description(
     compiled: bool,
 ) -> dict[str, Any]:
     """What a run must have in common with another one that goes on from its checkpoint."""
-    from pyro_lvm.training.saving import describe_optimizer
+    from pyro_lvm.training.saving import describe_optimizer, describe_scheduler
 
     return {
         "data": batches.digest(),
@@ -344,7 +345,8 @@ def _description(
         "batch_size": batches.batch_size,
         "seed": seed,
         "elbo": type(module.elbo).__name__,
-        "optimizer": describe_optimizer(module.configure_optimizers()),
+        "optimizer": describe_optimizer(module.make_optimizer()),
+        "scheduler": describe_scheduler(module.configure_optimizers()),
         "compiled": compiled,
     }
 

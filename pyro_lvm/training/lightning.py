@@ -10,6 +10,7 @@ import pyro
 import torch
 from pyro.infer import ELBO
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyro_lvm.compiled.objective import loss_and_parts
 from pyro_lvm.pair import (
@@ -27,9 +28,10 @@ from pyro_lvm.training.randomness import random_state, set_random_state
 from pyro_lvm.training.tensors import PairTensors, check_same_tensors
 from pyro_lvm.training.together import Together
 
-__all__ = ["Optimizer", "PairModule", "Unseen", "is_at_hand"]
+__all__ = ["Optimizer", "PairModule", "Scheduler", "Unseen", "is_at_hand"]
 
 Optimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+Scheduler = Callable[[torch.optim.Optimizer], LRScheduler]
 _SEEN_TOGETHER = 256  # steps on a device whose losses are looked at once, as a look waits for it
 
 
@@ -59,6 +61,8 @@ class PairModule(Together):
         guide: The guide, or None for one that samples nothing.
         elbo: An objective with a differentiable loss.
         optimizer: From parameters to a torch optimiser.
+        scheduler: From the optimiser to a scheduler of torch's, which is stepped after every step
+            of it; None for none.
         example: The arguments of one call, to find the parameters that the pair declares.
         num_data: ``N``, the number of all training data.
         plate: Name of the data plate.
@@ -79,15 +83,17 @@ class PairModule(Together):
         guide: Program | None,
         elbo: ELBO,
         optimizer: Optimizer,
+        scheduler: Scheduler | None = None,
         *,
         example: tuple[Tensor, ...],
         num_data: int,
         plate: str = "data",
     ) -> None:
         super().__init__()
-        self.given = model, guide, elbo, optimizer
+        self.given = model, guide, elbo, optimizer, scheduler
         guide = no_guide if guide is None else guide
         self.elbo, self.optimizer, self.num_data = elbo, optimizer, num_data
+        self.scheduler = scheduler
         self.plate = plate
         self.owners = nn.ModuleList(modules_of(model, guide, getattr(elbo, "divergence", None)))
         model, guide = (plate_size(p, num_data, plate=plate) for p in (model, guide))
@@ -136,8 +142,23 @@ class PairModule(Together):
         with torch.no_grad():
             self._step(batch, batch_index, "validation/")
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The optimiser of all parameters, each once."""
+    def configure_optimizers(self) -> Any:
+        """The optimiser, and its scheduler if there is one."""
+        optimizer = self.make_optimizer()
+        if self.scheduler is None:
+            return optimizer
+        scheduler: object = self.scheduler(optimizer)
+        if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
+            raise TypeError(
+                f"Expected scheduler to make a torch.optim.lr_scheduler.LRScheduler to be stepped "
+                f"after every step, such as lambda o: OneCycleLR(o, max_lr=1e-2, total_steps=1000)"
+                f"; got one that makes {type(scheduler).__name__}."
+            )
+        each_step = {"scheduler": scheduler, "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": each_step}
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """An optimiser of all parameters, each once."""
         first, *later = (list(group.values()) for group in self.tensors.groups)
         optimizer = self.optimizer(first)
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -295,6 +316,12 @@ class PairModule(Together):
                 f"Expected all parameters to be declared before several processes train them; got "
                 f"{', '.join(list(self.tensors.groups[-1])[:3])} in a later call. Let the pair "
                 f"declare them in every call, or train in one process."
+            )
+        if parameters and self.scheduler is not None:
+            raise ValueError(
+                f"Expected all parameters to be declared before a scheduler has their learning "
+                f"rates; got {', '.join(list(self.tensors.groups[-1])[:3])} in a later call. Let "
+                f"the pair declare them in every call, or pass no scheduler."
             )
         if parameters:
             self.trainer.optimizers[0].add_param_group({"params": parameters})

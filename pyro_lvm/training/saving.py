@@ -23,7 +23,13 @@ from pyro_lvm.training.checkpoint import (
 )
 from pyro_lvm.training.lightning import PairModule
 
-__all__ = ["CheckedFiles", "Checkpoints", "checkpoint_settings", "describe_optimizer"]
+__all__ = [
+    "CheckedFiles",
+    "Checkpoints",
+    "checkpoint_settings",
+    "describe_optimizer",
+    "describe_scheduler",
+]
 
 
 class CheckedFiles(TorchCheckpointIO):
@@ -163,6 +169,13 @@ def describe_optimizer(optimizer: torch.optim.Optimizer) -> str:
     """An optimiser and its settings, in words that are the same for the same optimiser."""
     settings = ", ".join(f"{name}={value}" for name, value in sorted(optimizer.defaults.items()))
     return f"{type(optimizer).__name__}({settings})"
+
+
+def describe_scheduler(configured: Any) -> str | None:
+    """The kind of scheduler that a module has configured; None without one."""
+    if not isinstance(configured, dict):
+        return None
+    return type(configured["lr_scheduler"]["scheduler"]).__name__
 
 
 def _save(trainer: pl.Trainer, path: Path) -> None:
