@@ -2,7 +2,7 @@
 
     python -m benchmarks                                  # everything, some 20 minutes
     python -m benchmarks steps mixtures --rounds 7
-    python -m benchmarks growth --out benchmarks/results  # writes cpu.md and growth.png there
+    python -m benchmarks growth --out benchmarks/results  # writes growth.md and growth.png there
     python -m benchmarks cuda --out benchmarks/results    # on a CUDA device; writes cuda.md
 
 Whatever is compared takes turns, so that a busy machine is busy for all. Pyro's validation is off,
@@ -35,12 +35,15 @@ _PACKAGES = (
     "scikit-learn",
     "pomegranate",
 )
-_REMARKS = """Our steps are kernels and random draws that Python starts one after the other, some
-microseconds each, ten steps in a call too. `numpyro_scan` runs a hundred steps as one loop of
-machine code: for the smallest models that is all the difference.
+_REMARKS = """A ratio is the median of those within a round, in which all programs take turns.
 
-Growth: `steepest` is the largest factor in time over the factor in size between two neighbours. It
-is above 1 where what a step works on no longer fits into the processor's caches."""
+Our steps are kernels and random draws that Python starts one after the other, some microseconds
+each, ten steps in a call too. `numpyro_scan` runs a hundred steps as one loop of machine code: for
+the smallest models that is all the difference."""
+_OF_GROWTH = """Steepest is the largest factor in time over the factor in size between two
+neighbours. It is above 1 where what a step works on no longer fits into the processor's caches.
+
+![Time over size, beside lines that are linear](growth.png)"""
 
 
 def steps(rounds: int) -> Iterator[Timed]:
@@ -91,15 +94,11 @@ def main() -> None:
     if hasattr(os, "sched_setaffinity"):  # for JAX, which has no number of threads to set
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: settings.threads])
     pyro.enable_validation(False)
-    text = _run(settings.sections or _ON_CPU, settings.rounds, settings.out)
-    if settings.out is not None:
-        settings.out.mkdir(parents=True, exist_ok=True)
-        name = "cuda" if settings.sections == ["cuda"] else "cpu"
-        (settings.out / f"{name}.md").write_text(text)
+    _run(settings.sections or _ON_CPU, settings.rounds, settings.out)
 
 
-def _run(sections: list[str], rounds: int, out: Path | None) -> str:
-    """Print results as they come; returns all of them as a page."""
+def _run(sections: list[str], rounds: int, out: Path | None) -> None:
+    """Print results as they come, and write pages of them."""
     head = f"{machine()}\n\n{versions(*_PACKAGES)}"
     print(head, flush=True)
     found = []
@@ -107,22 +106,22 @@ def _run(sections: list[str], rounds: int, out: Path | None) -> str:
         for timed in _SECTIONS[section](rounds) if section in _SECTIONS else ():
             found.append(timed)
             print(f"\n{times(timed)}", flush=True)
-    parts = ["# Times and ratios", head]
     if found:
-        parts += ["## Ratios of medians", ratios(found)]
-        print(f"\n{parts[-1]}")
+        print(f"\n{ratios(found)}", flush=True)
+        parts = ["# Times and ratios", head, "## Ratios", ratios(found), "## Remarks", _REMARKS]
+        _write(out, "cuda" if sections == ["cuda"] else "cpu", [*parts, *map(times, found)])
     if "growth" in sections:
         grown = list(growth.growth())
-        parts += ["## Growth", growth.table(grown)]
-        print(f"\n{parts[-1]}")
+        print(f"\n{growth.table(grown)}")
+        _write(out, "growth", ["# Growth", head, growth.table(grown), _OF_GROWTH])
         if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
             growth.plot(grown, out / "growth.png")
-            parts.append("![Time over size, beside lines that are linear](growth.png)")
-    parts += ["## Remarks", _REMARKS]
-    if found:
-        parts += ["## Times", *map(times, found)]
-    return "\n\n".join(parts) + "\n"
+
+
+def _write(out: Path | None, name: str, parts: list[str]) -> None:
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / f"{name}.md").write_text("\n\n".join(parts) + "\n")
 
 
 if __name__ == "__main__":

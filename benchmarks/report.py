@@ -24,8 +24,9 @@ class Timed:
     baseline: str
 
     def ratio(self, ours: str, theirs: str) -> float:
-        """Of the medians."""
-        return statistics.median(self.times[ours]) / statistics.median(self.times[theirs])
+        """The median of the ratios within a round, whose programs meet the same machine."""
+        pairs = zip(self.times[ours], self.times[theirs], strict=True)
+        return statistics.median(a / b for a, b in pairs)
 
 
 @dataclass(frozen=True)

@@ -442,6 +442,55 @@ def test_batch_norm_and_modes():
     assert int(encoder.norm.num_batches_tracked) == 1
 
 
+def dropped_out(x):
+    """x ~ N(d, 1) with d = 2 loc or 0, each with a half: a dropout of the mean."""
+
+    network = nn.Dropout(0.5)
+    loc = nn.Parameter(torch.full((x.shape[1],), 0.7))
+
+    def model(x):
+        pyro.module("network", network)
+        mean = network(pyro.param("loc", loc).expand_as(x))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0).to_event(1), obs=x)
+
+    return model, network
+
+
+def test_dropout_as_recorded(float64):
+    x = torch.randn(5, 3)
+    model, network = dropped_out(x)
+    elbo = Trace_ELBO()
+    module = lvm.compile(elbo, model, None, backend=as_recorded)
+    for training in (True, False, True):
+        network.train(training)
+        for seed in (1, 2):
+            pyro.set_rng_seed(seed)
+            loss = module(x)
+            pyro.set_rng_seed(seed)
+            expected = elbo.differentiable_loss(model, lambda x: None, x)
+            parameters = list(module.parameters())
+            torch.testing.assert_close(
+                value_and_gradient(loss, parameters), value_and_gradient(expected, parameters)
+            )
+    assert module.fallback_reason is None
+
+
+@needs_compiler
+def test_dropout_by_inductor_has_the_same_law():
+    """The compiler draws other numbers: the mean loss is compared with its closed form."""
+    x = torch.randn(40, 3)
+    model, _ = dropped_out(x)
+    step = CompiledStep(Trace_ELBO(), model, None, lambda p: torch.optim.SGD(p, lr=0.0))
+    losses = torch.cat([step(x) for _ in range(400)])
+    assert step.fallback_reason is None
+    on, off = (-dist.Normal(mean, 1.0).log_prob(x).sum() for mean in (1.4, 0.0))
+    error = losses.std() / len(losses) ** 0.5
+    assert abs(losses.mean() - (on + off) / 2) < 5 * error
+    half = -dist.Normal(0.7, 1.0).log_prob(x).sum()  # without a dropout
+    assert abs(losses.mean() - half) > 20 * error
+
+
 def test_the_objective_s_numbers_are_looked_at_in_every_call(float64):
     problem = PROBLEMS["modules"]()
     elbo = lvm.TraceInfo_ELBO(host=TraceMeanField_ELBO)
