@@ -41,7 +41,8 @@ Our steps are kernels and random draws that Python starts one after the other, s
 each, ten steps in a call too. `numpyro_scan` runs a hundred steps as one loop of machine code: for
 the smallest models that is all the difference."""
 _OF_GROWTH = """Steepest is the largest factor in time over the factor in size between two
-neighbours. It is above 1 where what a step works on no longer fits into the processor's caches.
+neighbours. Above 1 it is likely that of memory: what a step works on no longer fits into the
+processor's caches.
 
 ![Time over size, beside lines that are linear](growth.png)"""
 
