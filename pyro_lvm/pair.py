@@ -16,10 +16,11 @@ import torch
 from pyro import poutine
 from pyro.distributions import Delta
 from pyro.infer.enum import get_importance_trace
-from pyro.poutine.messenger import Messenger
+from pyro.poutine.messenger import Messenger, _context_wrap
 from pyro.poutine.trace_messenger import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 __all__ = [
     "PairStructure",
@@ -57,6 +58,7 @@ class PairStructure:
         not_reparameterised: Sites of the guide whose samples have no pathwise gradient.
         masked: Sites of the guide under a mask.
         point_masses: Sites of the guide whose distribution is a ``Delta``.
+        constrained: Latent sites of the model that do not live in all of the reals.
         has_analytic_kl: Whether ``TraceMeanField_ELBO`` is right for this pair.
     """
 
@@ -73,6 +75,7 @@ class PairStructure:
     not_reparameterised: tuple[str, ...]
     masked: tuple[str, ...]
     point_masses: tuple[str, ...]
+    constrained: tuple[str, ...]
     has_analytic_kl: bool
 
 
@@ -135,6 +138,7 @@ def inspect_pair(
         not_reparameterised=tuple(n for n, s in guide_sites.items() if not _has_rsample(s)),
         masked=tuple(n for n, s in guide_sites.items() if not _is_unmasked(s)),
         point_masses=tuple(n for n, s in guide_sites.items() if _is_point_mass(s)),
+        constrained=tuple(n for n in latents if not _is_in_the_reals(model_sites[n])),
         has_analytic_kl=_is_mean_field(model_sites, guide_sites),
     )
 
@@ -152,7 +156,8 @@ def modules_of(*programs: Any) -> list[nn.Module]:
     modules: list[nn.Module] = []
     for program in programs:
         while isinstance(program, functools.partial):
-            program = program.func
+            # a handler of Pyro's holds the program that it wraps as an argument
+            program = program.args[1] if program.func is _context_wrap else program.func
         owner = program if isinstance(program, nn.Module) else getattr(program, "__self__", None)
         if isinstance(owner, nn.Module) and not any(owner is m for m in modules):
             modules.append(owner)
@@ -376,6 +381,16 @@ def _is_point_mass(site: dict) -> bool:
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return isinstance(fn, Delta)
+
+
+def _is_in_the_reals(site: dict) -> bool:
+    try:
+        support = site["fn"].support
+    except NotImplementedError:  # a distribution that does not know
+        return True
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support is constraints.real
 
 
 def _is_unmasked(site: dict) -> bool:

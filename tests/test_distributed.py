@@ -24,7 +24,7 @@ from torch.distributions import constraints
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from pyro_lvm.divergences import MMD
-from pyro_lvm.infer import TraceInfo_ELBO, info_elbo
+from pyro_lvm.infer import TraceInfo_ELBO, comparison
 from pyro_lvm.infer.gathering import across_processes
 from pyro_lvm.training import Batches, checkpoint, fit, lightning, saving
 from pyro_lvm.training.lightning import PairModule
@@ -212,11 +212,11 @@ SAME = {
 
 def per_process():
     """As the others, with a divergence that sees the latents of one process only."""
-    gather, info_elbo.gather_rows = info_elbo.gather_rows, lambda x: x
+    gather, comparison.gather_rows = comparison.gather_rows, lambda x: x
     try:
         return run(elbo=info)
     finally:
-        info_elbo.gather_rows = gather
+        comparison.gather_rows = gather
 
 
 def is_fifth(x):

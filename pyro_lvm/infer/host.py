@@ -6,18 +6,21 @@ that a KL weight has Pyro's own machinery: analytic KL where it exists, score-fu
 enumeration.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
+import torch
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_messenger import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_lvm.pair import PairStructure
+from pyro_lvm.pair import PairStructure, Program
+from pyro_lvm.terms import Terms, terms_from_traces
 
-__all__ = ["Run", "host_class", "recorded"]
+__all__ = ["LocalWeight", "Run", "TraceTerms_ELBO", "host_class", "recorded"]
 
 
 class Run(NamedTuple):
@@ -39,7 +42,7 @@ def host_class(structure: PairStructure) -> type[ELBO]:
 def recorded(base: Any) -> Any:
     """A subclass of an objective that keeps its runs in ``runs``.
 
-    Its instances take the KL weight of local latents from ``weight``, a `LocalWeight`.
+    Its instances take the KL weights of local latents from ``weight``, a `LocalWeight`.
     """
     return type(f"Recorded{base.__name__}", (_Recorder, base), {})
 
@@ -64,11 +67,15 @@ class LocalWeight(Messenger):
     """Multiplies the scale of latent sites in the data plate, except those in ``spared``.
 
     The scale without the weight stays in the site, for the terms to be reported.
+
+    Attributes:
+        of: From a site's name to its weight.
     """
 
-    def __init__(self, weight: float | Tensor, plate: str, spared: tuple[str, ...]) -> None:
+    def __init__(self, plate: str, spared: tuple[str, ...]) -> None:
         super().__init__()
-        self.weight, self.plate, self.spared = weight, plate, spared
+        self.plate, self.spared = plate, spared
+        self.of: Callable[[str], float | Tensor] = lambda _: 1.0
         self._indices: dict[str, Tensor] = {}
 
     def take_indices(self) -> dict[str, Tensor]:
@@ -79,12 +86,46 @@ class LocalWeight(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["is_observed"] or msg["name"] in self.spared:
             return
-        if not isinstance(self.weight, Tensor) and self.weight == 1:
+        if not any(frame.name == self.plate for frame in msg["cond_indep_stack"]):
             return
-        if any(frame.name == self.plate for frame in msg["cond_indep_stack"]):
+        weight = self.of(msg["name"])
+        if isinstance(weight, Tensor) or weight != 1:
             msg["unweighted_scale"] = msg["scale"]
-            msg["scale"] = msg["scale"] * self.weight
+            msg["scale"] = msg["scale"] * weight
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if site_is_subsample(msg):
             self._indices[msg["name"]] = msg["value"]
+
+
+class TraceTerms_ELBO(TraceEnum_ELBO):
+    """The weighted objective as a function of the terms, pathwise.
+
+        sum_i { log p(x_i | z_i) - sum_s weight_s log q(z_is | x_i) / p(z_is) }  -  KL(q(g) || p(g))
+
+    Pyro takes a sum over a site that the model enumerates only if all that touches it has one
+    scale. In the terms such a sum is taken first: the prior of a sampled latent that depends on the
+    site is its marginal, and the weight is that of a log-density. It holds for guides whose sites
+    are all reparameterised.
+    """
+
+    weight: LocalWeight
+
+    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss, nats over all data."""
+        return self.differentiable_loss(model, guide, *args, **kwargs)
+
+    def differentiable_loss(
+        self, model: Program, guide: Program, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """The loss, nats over all data."""
+        losses = [
+            self._loss_of(terms_from_traces(*traces, plate=self.weight.plate))
+            for traces in self._get_traces(model, guide, args, kwargs)
+        ]
+        return torch.stack(losses).mean()
+
+    def _loss_of(self, terms: Terms) -> Tensor:
+        kl = sum(self.weight.of(name) * value for name, value in terms.kl.items())
+        per_datum = (terms.log_likelihood - kl).mean(0)
+        return terms.global_kl.mean() - terms.plate_scale * per_datum.sum()

@@ -1,35 +1,36 @@
-"""The InfoVAE objective: a KL weight, and a divergence on the aggregate posterior."""
+"""The InfoVAE objective: KL weights, and a divergence on the aggregate posterior."""
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from pyro.infer import ELBO, TraceMeanField_ELBO
-from pyro.infer.elbo import ELBOModule
-from pyro.infer.util import torch_item
-from torch import Tensor, nn
+from torch import Tensor
 
-from pyro_lvm.checks import check_weight
-from pyro_lvm.infer.gathering import batch_is_shared, gather_rows
-from pyro_lvm.infer.host import LocalWeight, host_class, recorded
-from pyro_lvm.infer.prior import sample_prior_sites
-from pyro_lvm.pair import (
-    PairStructure,
-    Program,
-    data_plate,
-    device_of,
-    inspect_pair,
-    modules_of,
-    no_guide,
+from pyro_lvm.infer import weights
+from pyro_lvm.infer.comparison import (
+    Comparison,
+    compare,
+    joint,
+    needs_density,
+    of_the_whole_batch,
 )
-from pyro_lvm.terms import depends_on_enumeration, sample_table, terms_from_traces
+from pyro_lvm.infer.gathering import batch_is_shared
+from pyro_lvm.infer.host import LocalWeight, Run, TraceTerms_ELBO, host_class, recorded
+from pyro_lvm.infer.objective import Objective
+from pyro_lvm.infer.prior import prior_log_prob, sample_prior_sites
+from pyro_lvm.infer.schedules import Schedule
+from pyro_lvm.infer.weights import Weight, Weights, in_force, may_differ_from
+from pyro_lvm.pair import PairStructure, Program, data_plate, device_of, inspect_pair, no_guide
+from pyro_lvm.terms import Terms, terms_from_traces
 
 __all__ = ["TraceInfo_ELBO"]
 
 _ROUNDING = 1e-6  # of a sum of weights in single precision
 
 
-class TraceInfo_ELBO(ELBO):
+class TraceInfo_ELBO(Objective):
     """The InfoVAE objective (Zhao, Song and Ermon 2017, section 3) for any pair.
 
     To be maximised, over data i and with the aggregate posterior q(z) = mean_i q(z | x_i)::
@@ -38,8 +39,10 @@ class TraceInfo_ELBO(ELBO):
             - N (alpha + lambda - 1) D(q(z), p(z))  -  KL(q(g) || p(g))
 
     * ``alpha=0, lambda_=1`` is the ELBO, in value and gradient that of Pyro's objective;
-    * ``alpha + lambda_ = 1`` is the beta-VAE with beta = ``lambda_`` = 1 - ``alpha``;
-    * ``alpha=1`` with `MMD` is the MMD-VAE with ``lambda_`` as the weight of D.
+    * ``alpha + lambda_ = 1`` is the beta-VAE with beta = ``lambda_`` = 1 - ``alpha``, and so is
+      ``kl_weight=beta``;
+    * ``alpha=1`` with `MMD` is the MMD-VAE with ``lambda_`` as the weight of D;
+    * ``alpha=1, lambda_=1`` with `Adversarial` is the adversarial autoencoder.
 
     The first line and the KL of the global latents ``g`` are estimated by an objective of Pyro's
     (``host``), with its analytic KL, score-function gradients and enumeration. ``D`` compares the
@@ -54,20 +57,25 @@ class TraceInfo_ELBO(ELBO):
     process draws its own global latents, as if they were particles, and ``p(z)`` is the mixture of
     the priors that these give.
 
-    Sites that the model enumerates are summed out inside the likelihood; ``alpha`` does not touch
-    them. As ``alpha`` weighs only what is sampled, a sampled latent whose prior depends on such a
-    sum is refused for ``alpha != 0``.
+    A divergence that needs the prior's density (`Stein`) gets it from the model, the sites that the
+    model enumerates summed out. In a conditional story it is that given the datum's own condition.
+
+    Sites that the model enumerates are summed out inside the likelihood; weights do not touch them.
+    The prior of a sampled latent that depends on such a sum is its marginal prior.
 
     Args:
         alpha: Weight that is taken off the KL of local latents; below 0 for a beta above 1.
-        lambda_: Weight of the divergence on the aggregate posterior, as in the paper. Both may be
-            tensors, scalars on the device of the data that are changed in place as training goes
-            on: compiled losses and steps follow them, where another number would be compiled anew.
+        lambda_: Weight of the divergence on the aggregate posterior, as in the paper.
         divergence: Module or function of two tensors, draws from q(z) ``B x D`` and from p(z)
-            ``B x D``, that returns a scalar; needed if ``alpha + lambda_ != 1``.
+            ``B x D``, that returns a scalar; needed if ``alpha + lambda_ != 1``. A divergence with
+            a player of its own (`Adversarial`) has that trained by the same gradient step,
+            whatever its weight.
+        kl_weight: A factor on the KL of all local latents beside ``1 - alpha``, or site -> factor.
+        free_bits: Nats per datum of KL that cost nothing, for each local latent, or site -> nats:
+            ``max(free_bits, KL)`` in place of the KL (Kingma et al. 2016, eq. 16), which is the
+            mean over the minibatch. So it is biased upwards where the KL is near that bound.
         sites: Local latents to compare, jointly; all of them if None.
-        plate: Name of the data plate. It may be missing if ``alpha`` and the divergence's weight
-            are 0.
+        plate: Name of the data plate. It may be missing if all weights are those of the ELBO.
         host: The objective of Pyro's to build on, a subclass of ``pyro.infer.ELBO``. If None:
             ``TraceEnum_ELBO`` for enumerated sites, ``TraceMeanField_ELBO`` where its condition
             holds, ``Trace_ELBO`` otherwise.
@@ -76,17 +84,25 @@ class TraceInfo_ELBO(ELBO):
         vectorize_particles: As in ``pyro.infer.ELBO``.
         retain_graph: As in ``pyro.infer.ELBO``.
 
+    ``alpha``, ``lambda_`` and KL weights are numbers, schedules (`LinearSchedule` and others, which
+    `fit` advances), or scalar tensors that are changed in place as training goes on: compiled
+    losses and steps follow them, where another number would be compiled anew. The last two are in
+    the history, under their names.
+
     Raises:
         ValueError: If the divergence's weight is negative (the aggregate posterior would be pushed
-            away from the prior), or is not 0 without a divergence.
+            away from the prior), or is not 0 without a divergence; if a KL weight or ``free_bits``
+            is negative.
     """
 
     def __init__(
         self,
         *,
-        alpha: float | Tensor = 0.0,
-        lambda_: float | Tensor = 1.0,
-        divergence: Callable[[Tensor, Tensor], Tensor] | None = None,
+        alpha: Weight = 0.0,
+        lambda_: Weight = 1.0,
+        divergence: Callable[..., Tensor] | None = None,
+        kl_weight: Weights = 1.0,
+        free_bits: float | Mapping[str, float] = 0.0,
         sites: Sequence[str] | None = None,
         plate: str = "data",
         host: type[ELBO] | None = None,
@@ -102,43 +118,38 @@ class TraceInfo_ELBO(ELBO):
             "retain_graph": retain_graph,
             "strict_enumeration_warning": False,
         }
-        super().__init__(**settings)
-        check_weight("alpha", alpha)
-        check_weight("lambda_", lambda_)
-        self.alpha, self.lambda_ = alpha, lambda_
-        self.divergence, self.sites, self.plate, self.host = divergence, sites, plate, host
+        super().__init__(divergence=divergence, plate=plate, **settings)
+        weights.check("alpha", alpha)
+        weights.check("lambda_", lambda_)
+        weights.check("kl_weight", kl_weight, minimum=0.0)
+        weights.check("free_bits", free_bits, minimum=0.0)
+        self.alpha, self.lambda_, self.kl_weight = alpha, lambda_, kl_weight
+        self.free_bits, self.sites, self.host = free_bits, sites, host
         self._settings = settings
-        self._prepared: dict[tuple, tuple[Any, PairStructure]] = {}
         self._check_divergence_weight()
 
     @property
+    def schedules(self) -> dict[str, Schedule]:
+        """The schedules among the weights, by the names that they have in the history."""
+        return {
+            name: schedule
+            for label, weight in self._weights().items()
+            for name, schedule in weights.scheduled(label, weight).items()
+        }
+
+    @property
     def divergence_weight(self) -> float | Tensor:
-        """``alpha + lambda - 1``, the weight of D per datum."""
-        weight = self.alpha + self.lambda_ - 1.0
+        """``alpha + lambda - 1``, the weight of D per datum, as it is now."""
+        weight = in_force(self.alpha) + in_force(self.lambda_) - 1.0
         if isinstance(weight, Tensor):
             return weight
-        rounding = 1e-12 * (1 + abs(float(self.lambda_)))
+        rounding = 1e-12 * (1 + abs(float(in_force(self.lambda_))))
         return 0.0 if abs(weight) < rounding else weight
 
     @property
     def has_divergence(self) -> bool:
         """Whether there is a divergence with a weight, which in a tensor may also become 0."""
-        return self.divergence is not None and _may_differ_from(0.0, self.divergence_weight)
-
-    def __call__(self, model: Program, guide: Program) -> ELBOModule:
-        """The loss of one pair as a module, which owns what the pair's bound methods belong to."""
-        return _PairLoss(model, guide, self)
-
-    def differentiable_loss(
-        self, model: Program, guide: Program, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """An estimate of the loss, the negative objective in nats over all data, to be minimised.
-
-        Its gradient is an unbiased estimate of the gradient of the negative objective.
-        """
-        host, _, loss, _ = self._estimate("differentiable_loss", model, guide, args, kwargs)
-        host.runs.clear()  # the traces hold the activations of the whole batch
-        return loss
+        return self.divergence is not None and may_differ_from(0.0, self.divergence_weight)
 
     def loss_and_parts(
         self, model: Program, guide: Program, *args: Any, **kwargs: Any
@@ -147,36 +158,19 @@ class TraceInfo_ELBO(ELBO):
 
         The parts are per datum, in nats, averaged over particles, without gradient, and add up::
 
-            loss = - reconstruction + (1 - alpha) sum_s kl[s] + (alpha + lambda - 1) divergence
-                   + kl[global]
+            loss = - reconstruction + (1 - alpha) sum_s kl_weight[s] kl[s] + free_bits
+                   + (alpha + lambda - 1) divergence + kl[global]
 
         Returns:
             The loss, a scalar over all data, and the parts: ``loss``, ``reconstruction``,
             ``kl[<site>]`` for each local site of the guide, ``kl[global]`` if there are sites
-            outside the plate, ``divergence`` if it has a weight. Where no datum has parts of its
-            own (sites enumerated sequentially, or outside the plate) only ``loss``; without a data
-            plate that is over all data.
+            outside the plate, ``divergence`` if it has a weight, ``discriminator`` (the loss of the
+            divergence's own player) if it has one, ``free_bits`` (what they add to the KL), and
+            ``alpha``, ``lambda``, ``kl_weight`` or ``kl_weight[<site>]`` where they may change.
+            Where no datum has parts of its own (sites enumerated sequentially, or outside the
+            plate) only ``loss``; without a data plate that is over all data.
         """
-        method = "differentiable_loss" if torch.is_grad_enabled() else "loss"
-        host, structure, estimate, divergence = self._estimate(method, model, guide, args, kwargs)
-        loss = torch.as_tensor(estimate)
-        parts = self._parts(host, structure, loss, divergence)
-        host.runs.clear()
-        return loss, parts
-
-    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
-        """An estimate of the loss, in nats over all data, without a gradient."""
-        with torch.no_grad():
-            host, _, loss, _ = self._estimate("loss", model, guide, args, kwargs)
-        host.runs.clear()
-        return torch_item(loss)
-
-    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
-        """An estimate of the loss; its gradient is added to that of the parameters."""
-        loss = self.differentiable_loss(model, guide, *args, **kwargs)
-        if loss.requires_grad:
-            loss.backward(retain_graph=self.retain_graph)
-        return torch_item(loss)
+        return super().loss_and_parts(model, guide, *args, **kwargs)
 
     def check_pair(
         self, model: Program, guide: Program | None, args: tuple = (), kwargs: dict | None = None
@@ -189,133 +183,215 @@ class TraceInfo_ELBO(ELBO):
         Raises:
             ValueError: What was expected, what came, which site, and the remedy.
         """
-        needs_plate = _may_differ_from(0.0, self.alpha) or self.has_divergence
+        needs_plate = self._is_weighted() or self.has_divergence or self._has_free_bits()
         structure = inspect_pair(
             model, guide, args, kwargs, plate=self.plate, require_plate=needs_plate
         )
+        self._check_names(structure)
         if self.has_divergence:
             self._check_sites(structure)
         return structure
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prepared": {}}  # made again where it is needed
+    def _prepare(self, structure: PairStructure) -> "_Prepared":
+        base: Any = self.host or host_class(structure)
+        return _Prepared(self._host(base, structure), structure)
 
-    def _get_trace(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> Any:
-        raise NotImplementedError("The traces are drawn by the host.")
+    def _host(self, base: Any, structure: PairStructure) -> Any:
+        weight = LocalWeight(self.plate, structure.model_enumerated)
+        return recorded(base)(weight=weight, **self._settings)
 
-    def _prepare(
-        self, model: Program, guide: Program | None, args: tuple, kwargs: dict
-    ) -> tuple[Any, PairStructure]:
-        """The host for this pair and this kind of arguments, chosen once for each."""
-        key = (model, guide, _kinds(args), tuple(sorted(kwargs)), _kinds(kwargs.values()))
-        if key not in self._prepared:
-            if len(self._prepared) >= 16:  # programs made afresh for every call must not pile up
-                self._prepared.clear()
-            structure = self.check_pair(model, guide, args, kwargs)
-            weight = LocalWeight(1.0, self.plate, structure.model_enumerated)
-            base: Any = self.host or host_class(structure)
-            host = recorded(base)(weight=weight, **self._settings)
-            self._prepared[key] = host, structure
-        host, structure = self._prepared[key]
-        host.weight.weight = 1.0 - self.alpha
-        host.runs.clear()
-        return host, structure
-
-    def _estimate(
-        self, method: str, model: Program, guide: Program | None, args: tuple, kwargs: dict
-    ) -> tuple[Any, PairStructure, Any, Tensor | None]:
-        """The loss by a method of the host, the divergence added, and what it came from."""
-        host, structure = self._prepare(model, guide, args, kwargs)
-        run = getattr(host, method)
-        with device_of(args, kwargs):
-            loss = self._explained(run, structure, model, guide or no_guide, args, kwargs)
-            divergence = self._divergence(host, structure, model, args, kwargs)
-        if divergence is not None:
-            loss = loss + self._size(host) * self.divergence_weight * divergence
-        return host, structure, loss, divergence
-
-    def _explained(
+    def _evaluate(
         self,
-        method: Callable,
-        structure: PairStructure,
         model: Program,
-        guide: Program,
+        guide: Program | None,
         args: tuple,
         kwargs: dict,
-    ) -> Any:
-        """Call a method of the host; where a KL weight and a sum collide, say so."""
-        try:
-            return method(model, guide, *args, **kwargs)
-        except ValueError as error:
-            if not _may_differ_from(0.0, self.alpha) or "share a common poutine.scale" not in str(
-                error
-            ):
-                raise
-            raise ValueError(
-                f"Expected no sampled latent whose prior depends on a site that the model "
-                f"enumerates, since alpha = {float(self.alpha):g} weighs the one and not the "
-                f"other; got {list(structure.model_enumerated)} enumerated beside "
-                f"{list(structure.local_latents)}. Enumerate them in the guide, or use alpha=0."
-            ) from error
+        *,
+        differentiable: bool,
+        parts: bool,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        prepared = self._prepared_for(model, guide, args, kwargs)
+        call = _Call(model, guide or no_guide, args, kwargs)
+        with device_of(args, kwargs):
+            loss = torch.as_tensor(self._host_loss(prepared, call, differentiable))
+            host, structure = prepared.host, prepared.structure
+            compared = self._divergence(host, structure, call) if self.has_divergence else None
+            loss = self._with_divergence(host, loss, compared)
+            terms = self._terms(host, structure, wanted=parts or self._has_free_bits())
+            extra = self._below_free_bits(terms)
+        if extra is not None:
+            loss = loss + self._size(host) * extra
+        found = self._parts(host, structure, loss, terms, compared, extra) if parts else {}
+        host.runs.clear()  # the traces hold the activations of the whole batch
+        return loss, found
 
-    def _divergence(
-        self, host: Any, structure: PairStructure, model: Program, args: tuple, kwargs: dict
-    ) -> Tensor | None:
-        """D between the latents of the minibatch and the prior's, averaged over particles."""
-        if not self.has_divergence:
-            return None
-        assert self.divergence is not None
-        names, values = self._compared(structure), []
+    # the host's part
+
+    def _host_loss(self, prepared: "_Prepared", call: "_Call", differentiable: bool) -> Any:
+        """The weighted loss by the host; by the terms where a weight and a sum collide."""
+        try:
+            return self._run(prepared.host, call, differentiable)
+        except ValueError as error:
+            collides = "share a common poutine.scale" in str(error) and self._is_weighted()
+            if not collides or self.host is not None:
+                raise
+            structure = prepared.structure
+            if structure.not_reparameterised or structure.guide_enumerated:
+                raise self._collision(structure) from error
+        prepared.host = self._host(TraceTerms_ELBO, structure)
+        return self._run(prepared.host, call, differentiable)
+
+    def _run(self, host: Any, call: "_Call", differentiable: bool) -> Any:
+        host.weight.of = self._weight_of
+        host.runs.clear()
+        method = host.differentiable_loss if differentiable else host.loss
+        return method(call.model, call.guide, *call.args, **call.kwargs)
+
+    def _weight_of(self, site: str) -> float | Tensor:
+        """The weight of a local latent's KL."""
+        weight = self.kl_weight
+        if isinstance(weight, Mapping):
+            weight = weight.get(site, 1.0)
+        return (1.0 - in_force(self.alpha)) * in_force(weight)
+
+    def _collision(self, structure: PairStructure) -> ValueError:
+        return ValueError(
+            f"Expected only reparameterised latents beside a site that the model enumerates, where "
+            f"weights (alpha, kl_weight) are on the KL of the one and not of the other; got "
+            f"{list(structure.model_enumerated)} enumerated in the model beside "
+            f"{[*structure.not_reparameterised, *structure.guide_enumerated]}. Enumerate all of "
+            f"them in the guide, or leave the weights away."
+        )
+
+    # the divergence
+
+    def _divergence(self, host: Any, structure: PairStructure, call: "_Call") -> Comparison:
+        """D between the latents of the minibatch and the prior, averaged over particles."""
+        names = self._compared(structure)
         if len(host.runs) > self.num_particles:
             raise ValueError(
                 f"Expected one run per particle for the divergence; got sequential enumeration in "
                 f"the guide at {list(structure.guide_enumerated)}. Enumerate it in parallel."
             )
-        story = host._vectorized_num_particles(model) if host.vectorize_particles else model
+        story = call.model
+        if host.vectorize_particles:
+            story = host._vectorized_num_particles(story)
+        by = self._by_density if needs_density(self.divergence) else self._by_samples
+        found = []
         for run in host.runs:
             given = {n: run.guide_trace.nodes[n]["value"] for n in structure.global_latents}
-            drawn = sample_prior_sites(story, names, args, kwargs, given={**given, **run.indices})
-            q = self._joint({n: run.guide_trace.nodes[n] for n in names})
-            q, p = _of_the_whole_batch(q, self._joint(drawn))
-            values += [self.divergence(q_k, p_k) for q_k, p_k in zip(q, p, strict=True)]
-        return torch.stack(values).mean()
+            prior = partial(by, host, names, run, story, call)
+            found.append(prior({**given, **run.indices}))
+        values, losses = zip(*found, strict=True)
+        player = None if losses[0] is None else torch.stack(losses).mean()
+        return torch.stack(values).mean(), player
 
-    def _joint(self, sites: dict[str, dict]) -> Tensor:
-        """The values of some sites side by side, ``K x N x D``."""
-        for name, site in sites.items():
-            if depends_on_enumeration(site):
-                raise ValueError(
-                    f"Expected one value per datum of the latents that the divergence compares; "
-                    f"got site '{name}', which depends on an enumerated one. Name others by sites="
-                    f", or sample the enumerated site."
-                )
-        tables = [sample_table(site, self.plate) for site in sites.values()]
-        return torch.cat([t.reshape(*t.shape[:2], -1) for t in tables], -1)
+    def _by_samples(
+        self, host: Any, names: list[str], run: Run, story: Program, call: "_Call", given: dict
+    ) -> Comparison:
+        drawn = sample_prior_sites(story, names, call.args, call.kwargs, given=given)
+        q = joint({n: run.guide_trace.nodes[n] for n in names}, self.plate)
+        return compare(self.divergence, q, joint(drawn, self.plate))
+
+    def _by_density(
+        self, host: Any, names: list[str], run: Run, story: Program, call: "_Call", given: dict
+    ) -> Comparison:
+        """By the score of the prior at the latents; its parameters learn by the log-density."""
+        nodes = {n: run.guide_trace.nodes[n] for n in names}
+        q = joint(nodes, self.plate)
+        if not hasattr(run.guide_trace, "plate_to_symbol"):
+            run.guide_trace.pack_tensors()
+        with torch.enable_grad():
+            leaves = {n: s["value"].detach().requires_grad_() for n, s in nodes.items()}
+            log_prior = prior_log_prob(
+                story,
+                leaves,
+                call.args,
+                call.kwargs,
+                given=given,
+                guide_trace=run.guide_trace,
+                plate=self.plate,
+                max_plate_nesting=host.max_plate_nesting,
+            )
+            score = torch.autograd.grad(
+                log_prior.sum(), list(leaves.values()), retain_graph=True, materialize_grads=True
+            )
+        scores = {n: {**s, "value": g} for (n, s), g in zip(nodes.items(), score, strict=True)}
+        pairs = zip(*of_the_whole_batch(q, joint(scores, self.plate)), strict=True)
+        assert self.divergence is not None
+        stein: Any = self.divergence
+        value = torch.stack([stein.from_score(q_k, s_k) for q_k, s_k in pairs]).mean()
+        # KL(q || p) by the parameters of p: of - E_q log p alone
+        cross_entropy = -log_prior.mean()
+        return value + (cross_entropy - cross_entropy.detach()), None
+
+    def _with_divergence(self, host: Any, loss: Tensor, compared: Comparison | None) -> Tensor:
+        if compared is None:
+            return loss
+        divergence, player = compared
+        loss = loss + self._size(host) * self.divergence_weight * divergence
+        if player is None:
+            return loss
+        return loss + self._size(host) * (player - player.detach())  # its gradient alone
+
+    # terms and parts
+
+    def _terms(self, host: Any, structure: PairStructure, *, wanted: bool) -> list[Terms] | None:
+        if not wanted or structure.plate is None:
+            return None
+        analytic = isinstance(host, TraceMeanField_ELBO)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._has_free_bits()):
+            try:
+                return [
+                    terms_from_traces(
+                        run.model_trace, run.guide_trace, plate=self.plate, analytic=analytic
+                    )
+                    for run in host.runs
+                ]
+            except ValueError:  # a sum that all data share: a loss, but no datum has a part
+                if self._has_free_bits():
+                    raise
+                return None
+
+    def _below_free_bits(self, terms: list[Terms] | None) -> Tensor | None:
+        """What ``max(free_bits, KL)`` adds to the weighted KLs, per datum."""
+        if not self._has_free_bits() or terms is None:
+            return None
+        free = self.free_bits
+        bounds = free if isinstance(free, Mapping) else dict.fromkeys(terms[0].kl, free)
+        extra = [
+            self._weight_of(name) * (bound - _mean(t.kl[name] for t in terms)).clamp(min=0)
+            for name, bound in bounds.items()
+        ]
+        return torch.stack(extra).sum() if extra else None
 
     @torch.no_grad()
     def _parts(
-        self, host: Any, structure: PairStructure, loss: Tensor, divergence: Tensor | None
+        self,
+        host: Any,
+        structure: PairStructure,
+        loss: Tensor,
+        terms: list[Terms] | None,
+        compared: Comparison | None,
+        extra: Tensor | None,
     ) -> dict[str, Tensor]:
         if structure.plate is None:
             return {"loss": loss.detach()}
         parts = {"loss": loss.detach() / self._size(host)}
-        analytic = isinstance(host, TraceMeanField_ELBO)
-        try:
-            terms = [
-                terms_from_traces(
-                    run.model_trace, run.guide_trace, plate=self.plate, analytic=analytic
-                )
-                for run in host.runs
-            ]
-        except ValueError:  # a sum that all data share: the host has a loss, but no datum a part
-            return parts
-        parts["reconstruction"] = _mean(t.log_likelihood for t in terms)
-        for name in terms[0].kl:
-            parts[f"kl[{name}]"] = _mean(t.kl[name] for t in terms)
-        if terms[0].has_globals:
-            parts["kl[global]"] = _mean(t.global_kl for t in terms) / terms[0].size
-        if divergence is not None:
-            parts["divergence"] = divergence.detach()
+        if terms is not None:
+            parts["reconstruction"] = _mean(t.log_likelihood for t in terms)
+            for name in terms[0].kl:
+                parts[f"kl[{name}]"] = _mean(t.kl[name] for t in terms)
+            if terms[0].has_globals:
+                parts["kl[global]"] = _mean(t.global_kl for t in terms) / terms[0].size
+        if compared is not None:
+            names = ("divergence", "discriminator")
+            values = zip(names, compared, strict=True)
+            parts |= {name: value.detach() for name, value in values if value is not None}
+        if extra is not None:
+            parts["free_bits"] = extra.detach()
+        for name, weight in self._weights().items():
+            parts |= weights.shown(name, weight)
         return parts
 
     def _size(self, host: Any) -> float:
@@ -323,31 +399,62 @@ class TraceInfo_ELBO(ELBO):
         frame = data_plate(host.runs[0][:2], self.plate)
         return frame.full_size or frame.size
 
+    # settings and their checks
+
+    def _weights(self) -> dict[str, Weights]:
+        return {"alpha": self.alpha, "lambda": self.lambda_, "kl_weight": self.kl_weight}
+
+    def _is_weighted(self) -> bool:
+        return may_differ_from(0.0, self.alpha) or may_differ_from(1.0, self.kl_weight)
+
+    def _has_free_bits(self) -> bool:
+        return may_differ_from(0.0, self.free_bits)
+
     def _check_divergence_weight(self) -> None:
-        alpha, lambda_ = float(self.alpha), float(self.lambda_)
-        weight = float(self.divergence_weight)
-        if isinstance(self.divergence_weight, Tensor) and abs(weight) < _ROUNDING:
-            weight = 0.0
-        if weight < 0:
-            raise ValueError(
-                f"Expected alpha + lambda_ >= 1, so that the divergence is minimised; got alpha="
-                f"{alpha:g} and lambda_={lambda_:g}, a weight of {weight:g}."
-            )
-        if weight != 0 and self.divergence is None:
-            raise ValueError(
-                f"Expected a divergence, since alpha + lambda_ - 1 = {weight:g}; got None. Pass "
-                f"divergence=MMD(), or lambda_={1 - alpha:g} for none (a beta-VAE)."
-            )
+        for when, alpha, lambda_ in _ends(self.alpha, self.lambda_):
+            weight = alpha + lambda_ - 1.0
+            if abs(weight) < _ROUNDING * (1 + abs(lambda_)):
+                weight = 0.0
+            if weight < 0:
+                raise ValueError(
+                    f"Expected alpha + lambda_ >= 1{when}, so that the divergence is minimised; "
+                    f"got alpha={alpha:g} and lambda_={lambda_:g}, a weight of {weight:g}. A KL "
+                    f"weight beside a divergence is kl_weight=."
+                )
+            if weight != 0 and self.divergence is None:
+                raise ValueError(
+                    f"Expected a divergence, since alpha + lambda_ - 1 = {weight:g}{when}; got "
+                    f"None. Pass divergence=MMD(), or lambda_={1 - alpha:g} for none (a beta-VAE)."
+                )
 
     def _compared(self, structure: PairStructure) -> list[str]:
         return list(structure.local_latents if self.sites is None else self.sites)
 
+    def _check_names(self, structure: PairStructure) -> None:
+        """Refuse weights of sites that are no local latents."""
+        local = [*structure.local_latents, *structure.auxiliary]
+        for setting, given in (("kl_weight", self.kl_weight), ("free_bits", self.free_bits)):
+            unknown = [n for n in given if n not in local] if isinstance(given, Mapping) else []
+            if unknown:
+                raise ValueError(
+                    f"Expected {setting} of local latents that the guide samples; got {unknown}. "
+                    f"This pair has {local}."
+                )
+        if self._has_free_bits():
+            sampled = [n for n in structure.not_reparameterised if n in local]
+            sampled = [n for n in sampled if n not in structure.guide_enumerated]
+            if sampled:
+                raise ValueError(
+                    f"Expected free_bits with reparameterised or enumerated latents; got {sampled} "
+                    f"without a pathwise gradient of the KL. Enumerate them, or leave it away."
+                )
+
     def _check_sites(self, structure: PairStructure) -> None:
         names = self._compared(structure)
         unknown = [n for n in names if n not in structure.local_latents]
-        if unknown or not names:
+        if not names or unknown:
             raise ValueError(
-                f"Expected a divergence between local latents that the guide samples; got sites "
+                f"Expected the divergence on local latents that the guide samples; got sites "
                 f"{unknown or names}. This pair has {list(structure.local_latents)}."
             )
         for names_of_kind, kind in (
@@ -364,33 +471,57 @@ class TraceInfo_ELBO(ELBO):
                 f"Expected at least two data in plate '{self.plate}', to compare the aggregate "
                 f"posterior with the prior; got {structure.num_data}. Use a larger batch."
             )
+        if needs_density(self.divergence):
+            _check_density(names, structure)
 
 
-class _PairLoss(ELBOModule):
-    """The loss of a pair as a module whose parameters are complete for bound methods too."""
+class _Call(NamedTuple):
+    """A pair and its arguments."""
 
-    def __init__(self, model: Program, guide: Program, elbo: TraceInfo_ELBO) -> None:
-        super().__init__(model, guide, elbo)
-        self.owners = nn.ModuleList(modules_of(model, guide, elbo.divergence))
-
-
-def _may_differ_from(number: float, weight: float | Tensor) -> bool:
-    """Whether a weight is, or may become, another number; looks at the value of no tensor."""
-    return isinstance(weight, Tensor) or weight != number
+    model: Program
+    guide: Program
+    args: tuple
+    kwargs: dict
 
 
-def _of_the_whole_batch(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    """Two tables ``K x b x D`` with the rows of all processes that share a batch."""
-    if not batch_is_shared():
-        return q, p
-    both = gather_rows(torch.cat([q, p], -1).transpose(0, 1))  # B x K x 2D
-    q, p = both.transpose(0, 1).chunk(2, -1)
-    return q, p
+class _Prepared:
+    """The host for a pair, which may turn out to be another one, and what the pair is made of."""
+
+    def __init__(self, host: Any, structure: PairStructure) -> None:
+        self.host, self.structure = host, structure
 
 
-def _kinds(values: Iterable[Any]) -> tuple:
-    """What decides about the structure of a run: which arguments are there, and their ranks."""
-    return tuple((type(v), v.dim() if isinstance(v, Tensor) else None) for v in values)
+def _check_density(names: Sequence[str], structure: PairStructure) -> None:
+    """Refuse latents whose joint prior has no density in the reals that a run can tell."""
+    order = structure.local_latents
+    last = max(order.index(name) for name in names)
+    skipped = [name for name in order[:last] if name not in names]
+    if skipped:
+        raise ValueError(
+            f"Expected all local latents up to '{order[last]}' for a divergence by the prior's "
+            f"density, which is that of all of them; got {list(names)} without {skipped}. Name "
+            f"them in sites=, or use a divergence between samples."
+        )
+    bounded = [name for name in names if name in structure.constrained]
+    if bounded:
+        raise ValueError(
+            f"Expected latents in the reals for a divergence by the prior's density, whose score "
+            f"knows no bounds; got {bounded}. Use a divergence between samples, such as MMD."
+        )
+
+
+def _ends(alpha: Weight, lambda_: Weight) -> list[tuple[str, float, float]]:
+    """Both weights as numbers, where they start and where their schedules end."""
+    if not isinstance(alpha, Schedule) and not isinstance(lambda_, Schedule):
+        return [("", float(alpha), float(lambda_))]
+
+    def at(weight: Weight, end: bool) -> float:
+        if not isinstance(weight, Schedule):
+            return float(weight)
+        return weight.end if end else weight.at(0)
+
+    whens = ((" at the start", False), (" at the end", True))
+    return [(when, at(alpha, end), at(lambda_, end)) for when, end in whens]
 
 
 def _mean(tables: Iterable[Tensor]) -> Tensor:

@@ -1,16 +1,20 @@
-"""Draws of a model's local latents from its prior, at the cost of the prior alone."""
+"""Draws of local latents from a model's prior, and its density, at the cost of the prior alone."""
 
 import contextlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pyro import poutine
+from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_messenger import Trace
 from pyro.poutine.util import site_is_subsample
+from torch import Tensor
 
 from pyro_lvm.pair import Program
+from pyro_lvm.terms import log_prior_from_traces
 
-__all__ = ["sample_prior_sites"]
+__all__ = ["prior_log_prob", "sample_prior_sites"]
 
 
 def sample_prior_sites(
@@ -42,12 +46,53 @@ def sample_prior_sites(
         ValueError: If the model ends before all sites are drawn.
     """
     draws = _UntilDrawn(frozenset(sites), given)
-    with contextlib.suppress(_AllDrawn), poutine.block(), draws:
-        model(*args, **kwargs)
-    missing = draws.wanted - set(draws.sites)
-    if missing:
-        raise ValueError(f"Expected latent sites {sorted(missing)} in the model; it has none such.")
+    with poutine.block():
+        draws.run(model, args, kwargs)
     return draws.sites
+
+
+def prior_log_prob(
+    model: Program,
+    values: Mapping[str, Tensor],
+    args: tuple,
+    kwargs: dict,
+    *,
+    given: Mapping[str, Any],
+    guide_trace: Trace,
+    plate: str,
+    max_plate_nesting: int,
+) -> Tensor:
+    """The log-density of a model's prior at values of some local latents, ``K x N``.
+
+        log p(z_i | given) = log sum_y p(z_i, y | given),    y: what the model enumerates
+
+    The run stops behind the last of the sites, as that of `sample_prior_sites`.
+
+    Args:
+        model: The model.
+        values: Site -> value, as the guide has it.
+        args: The model's arguments.
+        kwargs: The model's keyword arguments.
+        given: Site -> value for other sites that are not to be drawn.
+        guide_trace: A trace of the guide, packed, whose plates the result is along.
+        plate: Name of the data plate.
+        max_plate_nesting: Dimensions that the plates use, particles included.
+
+    Raises:
+        ValueError: If the model ends before all sites have come.
+    """
+    run = _UntilDrawn(frozenset(values), {**given, **values})
+    enumeration = EnumMessenger(first_available_dim=-1 - max_plate_nesting)
+    with poutine.block(), poutine.trace() as tracing, enumeration:
+        run.run(model, args, kwargs)
+    trace = tracing.trace
+    for name in [n for n, site in trace.nodes.items() if site_is_subsample(site)]:
+        trace.remove_node(name)
+    trace.compute_log_prob()
+    trace.pack_tensors(guide_trace.plate_to_symbol)
+    log_prior = log_prior_from_traces(trace, guide_trace, plate=plate)
+    first, *others = (log_prior[name] for name in values)
+    return sum(others, first)
 
 
 class _AllDrawn(Exception):  # noqa: N818 - not an error: it leaves the model early
@@ -55,13 +100,27 @@ class _AllDrawn(Exception):  # noqa: N818 - not an error: it leaves the model ea
 
 
 class _UntilDrawn(Messenger):
+    """Runs a model with some values given, until the sites that are wanted have their values."""
+
     def __init__(self, wanted: frozenset[str], given: Mapping[str, Any]) -> None:
         super().__init__()
         self.wanted, self.given = wanted, given
         self.sites: dict[str, dict] = {}
 
+    def run(self, model: Program, args: tuple, kwargs: dict) -> None:
+        """Run the model that far.
+
+        Raises:
+            ValueError: If it ends before.
+        """
+        with contextlib.suppress(_AllDrawn), self:
+            model(*args, **kwargs)
+        missing = sorted(self.wanted - set(self.sites))
+        if missing:
+            raise ValueError(f"Expected latent sites {missing} in the model; it has none such.")
+
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.given and msg["name"] not in self.wanted:
+        if msg["name"] in self.given:
             msg["value"] = self.given[msg["name"]]
             msg["done"] = True
 

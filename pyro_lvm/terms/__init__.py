@@ -17,7 +17,8 @@ The plate's scale (data in all / data in the minibatch) stays beside the terms. 
 ``poutine.scale`` on a site is part of the term, and so is the scale of a plate inside the data's.
 """
 
-from pyro_lvm.terms.compute import compute_terms, terms_from_traces
+from pyro_lvm.terms.compute import compute_terms, log_prior_from_traces, terms_from_traces
+from pyro_lvm.terms.particles import sharing_globals
 from pyro_lvm.terms.record import Terms
 from pyro_lvm.terms.sites import PARTICLES, depends_on_enumeration, sample_table
 
@@ -26,6 +27,8 @@ __all__ = [
     "Terms",
     "compute_terms",
     "depends_on_enumeration",
+    "log_prior_from_traces",
     "sample_table",
+    "sharing_globals",
     "terms_from_traces",
 ]

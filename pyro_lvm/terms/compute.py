@@ -6,12 +6,14 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from pyro.poutine import unwrap
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_messenger import Trace
+from torch import Tensor
 
 from pyro_lvm.pair import Program, device_of, inspect_pair, no_guide
+from pyro_lvm.terms.particles import sharing_globals
 from pyro_lvm.terms.reader import TraceReader
 from pyro_lvm.terms.record import Terms
 
-__all__ = ["compute_terms", "terms_from_traces"]
+__all__ = ["compute_terms", "log_prior_from_traces", "terms_from_traces"]
 
 
 def compute_terms(
@@ -21,6 +23,7 @@ def compute_terms(
     num_particles: int = 1,
     plate: str = "data",
     max_plate_nesting: int | None = None,
+    shared_globals: bool = False,
     **kwargs: Any,
 ) -> Terms:
     """Run a pair and return its terms.
@@ -35,6 +38,8 @@ def compute_terms(
         num_particles: ``K``.
         plate: Name of the data plate.
         max_plate_nesting: Dimensions that the plates use; found by one more run if None.
+        shared_globals: Whether all particles have one draw of the global latents in common, and not
+            each its own.
         **kwargs: The pair's keyword arguments.
 
     Returns:
@@ -49,11 +54,15 @@ def compute_terms(
         max_plate_nesting = inspect_pair(model, guide, args, kwargs, plate=plate).max_plate_nesting
     # a guide that is a messenger makes its own traces, which Pyro's enumeration can't wrap
     host_class = Trace_ELBO if isinstance(unwrap(guide), Messenger) else TraceEnum_ELBO
+    settings: dict[str, Any] = {}
+    if shared_globals:
+        host_class, settings = sharing_globals(host_class), {"plate": plate}
     host = host_class(
         num_particles=num_particles,
         max_plate_nesting=max_plate_nesting,
         vectorize_particles=num_particles > 1,
         strict_enumeration_warning=False,
+        **settings,
     )
     with device_of(args, kwargs):
         model_trace, guide_trace = next(iter(host._get_traces(model, guide, args, kwargs)))
@@ -79,3 +88,19 @@ def terms_from_traces(
         ValueError: If an enumerated site has no value per datum.
     """
     return TraceReader(model_trace, guide_trace, plate).terms(analytic)
+
+
+def log_prior_from_traces(
+    model_trace: Trace, guide_trace: Trace, *, plate: str = "data"
+) -> dict[str, Tensor]:
+    """Read the priors of local latents, from a run of the model that may have been left early.
+
+    Args:
+        model_trace: The trace of the model so far, with log-probabilities, packed.
+        guide_trace: The trace of the guide, packed.
+        plate: Name of the data plate.
+
+    Returns:
+        Site -> ``K x N``, with what the model enumerates summed out; their sum is the joint prior.
+    """
+    return TraceReader(model_trace, guide_trace, plate).log_prior()

@@ -68,6 +68,10 @@ class TraceReader:
             has_globals=any(not self.is_local(s) for s in self._all_sites()),
         )
 
+    def log_prior(self) -> dict[str, Tensor]:
+        """Site -> ``K x N``, for the local latents that the model's trace has come to."""
+        return self._model_terms()[0]
+
     def is_local(self, site: dict) -> bool:
         """Whether a site lies in the data plate."""
         return any(frame.name == self.plate for frame in site["cond_indep_stack"])
