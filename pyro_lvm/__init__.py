@@ -4,11 +4,28 @@ Write a generative story as a Pyro program, pair it with a guide, pick an object
 log p(x) with an error bar, and compare posteriors in ArviZ.
 """
 
-from pyro_lvm import datasets, distributions, divergences, infer, marginal, models, nn, plots
+from pyro_lvm import (
+    datasets,
+    diagnostics,
+    distributions,
+    divergences,
+    infer,
+    marginal,
+    models,
+    nn,
+    plots,
+)
 from pyro_lvm.compiled import CompiledStep, compile
 from pyro_lvm.configured import Configured
-from pyro_lvm.divergences import MMD
-from pyro_lvm.infer import TraceInfo_ELBO
+from pyro_lvm.divergences import MMD, Adversarial, SlicedWasserstein, Stein
+from pyro_lvm.infer import (
+    CyclicSchedule,
+    ImplicitDivergence,
+    LinearSchedule,
+    SigmoidSchedule,
+    TraceInfo_ELBO,
+    TraceIW_ELBO,
+)
 from pyro_lvm.inference_data import compare, to_arviz
 from pyro_lvm.marginal import LogMarginal
 from pyro_lvm.models import VAE, GaussianMixture
@@ -22,17 +39,26 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "MMD",
     "VAE",
+    "Adversarial",
     "CompiledStep",
     "Configured",
+    "CyclicSchedule",
     "Fit",
     "GaussianMixture",
+    "ImplicitDivergence",
+    "LinearSchedule",
     "LogMarginal",
+    "SigmoidSchedule",
+    "SlicedWasserstein",
+    "Stein",
     "Terms",
+    "TraceIW_ELBO",
     "TraceInfo_ELBO",
     "compare",
     "compile",
     "compute_terms",
     "datasets",
+    "diagnostics",
     "distributions",
     "divergences",
     "fit",

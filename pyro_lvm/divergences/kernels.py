@@ -17,7 +17,15 @@ from torch import Tensor
 
 from pyro_lvm.checks import check_positive
 
-__all__ = ["IMQ", "RBF", "Kernel", "squared_distances"]
+__all__ = [
+    "IMQ",
+    "RBF",
+    "Kernel",
+    "centred",
+    "check_kernel",
+    "distances_of_centred",
+    "squared_distances",
+]
 
 Kernel: TypeAlias = Callable[[Tensor, int], Tensor]
 """Squared distances (any shape) and the number of features, to kernel values (same shape)."""
@@ -115,15 +123,23 @@ def _widths(name: str, values: Sequence[float]) -> tuple[float, ...]:
     return widths
 
 
+def check_kernel(kernel: object) -> None:
+    """Refuse what can't be called.
+
+    Raises:
+        TypeError: If it can't.
+    """
+    if not callable(kernel):
+        raise TypeError(
+            f"Expected kernel to be callable as kernel(squared_distance, dim); got {kernel!r}. "
+            f"Try lvm.divergences.IMQ()."
+        )
+
+
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
     """Squared Euclidean distances between all rows of ``x`` and all rows of ``y``.
 
-        |x_i - y_j|^2 = |x_i|^2 + |y_j|^2 - 2 x_i . y_j
-
-    From one matrix product, which is fast but subtracts large numbers: 1e4 away from the origin
-    float32 would keep no digit of distances of order 1. Distances don't change under a shift, so
-    both are first centred by their common mean. There is no square root, so the gradient is finite
-    where points coincide.
+    The two are first shifted by their common mean, see :func:`centred`.
 
     Args:
         x: ``B1 x D``.
@@ -132,7 +148,37 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
     Returns:
         ``B1 x B2``, none of them negative.
     """
+    return distances_of_centred(*centred(x, y))
+
+
+def centred(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Shift both samples by their common mean, which leaves distances as they are.
+
+    Returns:
+        ``B1 x D`` and ``B2 x D``, one and the same tensor if ``x`` and ``y`` are.
+    """
+    if x is y:
+        shifted = x - x.detach().mean(0)
+        return shifted, shifted
     centre = torch.cat([x, y]).detach().mean(0)  # detached: the result does not depend on it
-    x, y = x - centre, y - centre
+    return x - centre, y - centre
+
+
+def distances_of_centred(x: Tensor, y: Tensor) -> Tensor:
+    """Squared Euclidean distances of rows that lie around the origin.
+
+        |x_i - y_j|^2 = |x_i|^2 + |y_j|^2 - 2 x_i . y_j
+
+    From one matrix product, which is fast but subtracts large numbers: 1e4 away from the origin
+    float32 would keep no digit of distances of order 1, hence :func:`centred`. There is no square
+    root, so the gradient is finite where points coincide.
+
+    Args:
+        x: ``B1 x D``.
+        y: ``B2 x D``.
+
+    Returns:
+        ``B1 x B2``, none of them negative.
+    """
     squares = x.square().sum(-1)[:, None] + y.square().sum(-1)
     return torch.addmm(squares, x, y.mT, alpha=-2).clamp(min=0)  # rounding may go below 0

@@ -21,7 +21,7 @@ from pyro_lvm.infer.host import LocalWeight, Run, TraceTerms_ELBO, host_class, r
 from pyro_lvm.infer.objective import Objective
 from pyro_lvm.infer.prior import prior_log_prob, sample_prior_sites
 from pyro_lvm.infer.schedules import Schedule
-from pyro_lvm.infer.weights import Weight, Weights, in_force, may_differ_from
+from pyro_lvm.infer.weights import Weight, Weights, in_force, may_differ_from, times
 from pyro_lvm.pair import PairStructure, Program, data_plate, device_of, inspect_pair, no_guide
 from pyro_lvm.terms import Terms, terms_from_traces
 
@@ -329,7 +329,7 @@ class TraceInfo_ELBO(Objective):
         if compared is None:
             return loss
         divergence, player = compared
-        loss = loss + self._size(host) * self.divergence_weight * divergence
+        loss = loss + self._size(host) * times(self.divergence_weight, divergence)
         if player is None:
             return loss
         return loss + self._size(host) * (player - player.detach())  # its gradient alone
@@ -360,7 +360,7 @@ class TraceInfo_ELBO(Objective):
         free = self.free_bits
         bounds = free if isinstance(free, Mapping) else dict.fromkeys(terms[0].kl, free)
         extra = [
-            self._weight_of(name) * (bound - _mean(t.kl[name] for t in terms)).clamp(min=0)
+            times(self._weight_of(name), (bound - _mean(t.kl[name] for t in terms)).clamp(min=0))
             for name, bound in bounds.items()
         ]
         return torch.stack(extra).sum() if extra else None

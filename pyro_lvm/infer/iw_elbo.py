@@ -16,6 +16,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_lvm.checks import check_count
+from pyro_lvm.infer.given import Given
 from pyro_lvm.infer.gradients import Gradients, linear
 from pyro_lvm.infer.objective import Objective
 from pyro_lvm.pair import (
@@ -354,11 +355,11 @@ class _AtLeaves:
     def _get_trace(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> Any:
         values = dict(self.given)
         if self.at_leaves:
-            drawn = poutine.trace(_Given(values)(guide)).get_trace(*args, **kwargs)
+            drawn = poutine.trace(Given(values)(guide)).get_trace(*args, **kwargs)
             self._keep(drawn)
             indices = {n: s["value"] for n, s in drawn.nodes.items() if site_is_subsample(s)}
             values |= {**indices, **self.leaves}
-        guide = _Given(values)(guide) if values else guide
+        guide = Given(values)(guide) if values else guide
         return super()._get_trace(model, guide, args, kwargs)  # type: ignore[misc]
 
     def _keep(self, drawn: Trace) -> None:
@@ -367,19 +368,6 @@ class _AtLeaves:
             if is_latent and any(f.name == self.plate for f in site["cond_indep_stack"]):
                 self.live[name] = site["value"]
         self.leaves = {name: v.detach().requires_grad_() for name, v in self.live.items()}
-
-
-class _Given(Messenger):
-    """Lets a program have these values at its sites."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.values = values
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.values and not msg["is_observed"]:
-            msg["value"] = self.values[msg["name"]]
-            msg["done"] = True
 
 
 class _Chunk(NamedTuple):

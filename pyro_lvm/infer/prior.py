@@ -11,6 +11,7 @@ from pyro.poutine.trace_messenger import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_lvm.infer.given import Given
 from pyro_lvm.pair import Program
 from pyro_lvm.terms import log_prior_from_traces
 
@@ -45,8 +46,8 @@ def sample_prior_sites(
     Raises:
         ValueError: If the model ends before all sites are drawn.
     """
-    draws = _UntilDrawn(frozenset(sites), given)
-    with poutine.block():
+    draws = _UntilDrawn(frozenset(sites))
+    with poutine.block(), Given(given):
         draws.run(model, args, kwargs)
     return draws.sites
 
@@ -81,9 +82,9 @@ def prior_log_prob(
     Raises:
         ValueError: If the model ends before all sites have come.
     """
-    run = _UntilDrawn(frozenset(values), {**given, **values})
+    run = _UntilDrawn(frozenset(values))
     enumeration = EnumMessenger(first_available_dim=-1 - max_plate_nesting)
-    with poutine.block(), poutine.trace() as tracing, enumeration:
+    with poutine.block(), poutine.trace() as tracing, Given({**given, **values}), enumeration:
         run.run(model, args, kwargs)
     trace = tracing.trace
     for name in [n for n, site in trace.nodes.items() if site_is_subsample(site)]:
@@ -100,11 +101,11 @@ class _AllDrawn(Exception):  # noqa: N818 - not an error: it leaves the model ea
 
 
 class _UntilDrawn(Messenger):
-    """Runs a model with some values given, until the sites that are wanted have their values."""
+    """Runs a model until the sites that are wanted have their values."""
 
-    def __init__(self, wanted: frozenset[str], given: Mapping[str, Any]) -> None:
+    def __init__(self, wanted: frozenset[str]) -> None:
         super().__init__()
-        self.wanted, self.given = wanted, given
+        self.wanted = wanted
         self.sites: dict[str, dict] = {}
 
     def run(self, model: Program, args: tuple, kwargs: dict) -> None:
@@ -118,11 +119,6 @@ class _UntilDrawn(Messenger):
         missing = sorted(self.wanted - set(self.sites))
         if missing:
             raise ValueError(f"Expected latent sites {missing} in the model; it has none such.")
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.given:
-            msg["value"] = self.given[msg["name"]]
-            msg["done"] = True
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if msg["name"] in self.wanted and not site_is_subsample(msg):

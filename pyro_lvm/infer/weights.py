@@ -8,7 +8,16 @@ from torch import Tensor
 from pyro_lvm.checks import check_weight
 from pyro_lvm.infer.schedules import Schedule
 
-__all__ = ["Weight", "Weights", "check", "in_force", "may_differ_from", "scheduled", "shown"]
+__all__ = [
+    "Weight",
+    "Weights",
+    "check",
+    "in_force",
+    "may_differ_from",
+    "scheduled",
+    "shown",
+    "times",
+]
 
 Weight: TypeAlias = float | Tensor | Schedule
 Weights: TypeAlias = Weight | Mapping[str, Weight]
@@ -18,6 +27,11 @@ Weights: TypeAlias = Weight | Mapping[str, Weight]
 def in_force(weight: Weight) -> float | Tensor:
     """The weight as it is now."""
     return weight.weight if isinstance(weight, Schedule) else weight
+
+
+def times(weight: float | Tensor, scalar: Tensor) -> Tensor:
+    """A scalar with a weight, in the scalar's own dtype, which a schedule's would else change."""
+    return scalar * (weight.to(scalar) if isinstance(weight, Tensor) else weight)
 
 
 def check(name: str, weight: Weights, *, minimum: float | None = None) -> None:

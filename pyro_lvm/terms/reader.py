@@ -23,6 +23,7 @@ class TraceReader:
     def __init__(self, model_trace: Trace, guide_trace: Trace, plate: str) -> None:
         if not hasattr(guide_trace, "plate_to_symbol"):  # TraceEnum_ELBO has packed its own already
             guide_trace.pack_tensors()
+        if not hasattr(model_trace, "plate_to_symbol"):
             model_trace.pack_tensors(guide_trace.plate_to_symbol)
         self.plate = plate
         self.model_sites = _samples(model_trace)
