@@ -110,10 +110,10 @@ def test_parts_add_up_to_the_loss(name):
 
 
 def with_global_and_plate(size):
-    """x ~ N(z, 1), z ~ N(mean, 1), mean ~ N(0, 3); written for a minibatch of ``size`` data."""
+    """x ~ N(z, 1), z ~ N(mean, 1), mean ~ N(prior, 3); written for a minibatch of ``size`` data."""
 
     def model(x):
-        mean = pyro.sample("mean", dist.Normal(0.0, 3.0))
+        mean = pyro.sample("mean", dist.Normal(pyro.param("prior", torch.tensor(0.0)), 3.0))
         with pyro.plate("data", size, subsample=torch.arange(len(x))):
             z = pyro.sample("z", dist.Normal(mean, 1.0))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
@@ -286,6 +286,31 @@ def test_estimators_agree_in_expectation(name):
             errors.append(draws.std(0) / math.sqrt(len(draws)))
         error = (errors[0] ** 2 + errors[1] ** 2).sqrt()
         assert ((means[0] - means[1]).abs() <= 5 * error + 1e-9).all()
+
+
+@each_gradient
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_gradient_by_global_latents_equals_finite_differences(gradient, chunk_size):
+    """Of their prior, and of their guide where no local guide depends on them."""
+    x = torch.randn(5)
+    model, guide = with_global_and_plate(10)
+    elbo = TraceIW_ELBO(num_particles=4, gradient=gradient, chunk_size=chunk_size)
+    elbo.loss(model, guide, x)
+    names, step = ("prior", "loc"), 1e-5
+    store = pyro.get_param_store()._params
+
+    def loss():
+        pyro.set_rng_seed(1)
+        return elbo.differentiable_loss(model, guide, x)
+
+    gradients = torch.autograd.grad(loss(), [store[name] for name in names])
+    for name, gradient in zip(names, gradients, strict=True):
+        values = []
+        for sign in (1, -1):
+            store[name].data += sign * step
+            values.append(loss().item())
+            store[name].data -= sign * step
+        assert gradient.item() == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-6)
 
 
 def exact_pair():
