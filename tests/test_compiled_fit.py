@@ -108,6 +108,28 @@ def test_a_plain_pair_s_parameters_are_those_of_the_param_store(as_recorded):
     torch.testing.assert_close(pyro.param("loc"), data().mean(0), rtol=0, atol=0.3)
 
 
+class Plain(torch.nn.Module):
+    """A parameter that no call of a module shows: a method of the pair reads it."""
+
+    def __init__(self):
+        super().__init__()
+        self.loc = torch.nn.Parameter(torch.zeros(3))
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(self.loc, 1.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        pass
+
+
+def test_a_parameter_that_a_bound_method_reads_is_found(as_recorded):
+    _, parameters = fitted(Plain(), compile=True)
+    _, expected = fitted(Plain(), compile=False)
+    torch.testing.assert_close(parameters, expected)
+    assert parameters[0].abs().min() > 1e-3
+
+
 class StopError(Exception):
     pass
 

@@ -11,6 +11,7 @@ import torch
 from pyro.infer import SVI
 from torch import nn
 
+import pyro_lvm as lvm
 from pyro_lvm import MMD, plate_size
 from pyro_lvm.divergences import Adversarial, SlicedWasserstein, Stein
 from pyro_lvm.infer import ImplicitDivergence
@@ -240,3 +241,25 @@ def test_divergences_that_are_refused():
         ImplicitDivergence(Stein())
     with pytest.raises(TypeError, match="divergence between two samples"):
         ImplicitDivergence(3.0)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_fit_trains_both_players_and_records_their_balance(compiled):
+    x = 1.0 + 1.5 * torch.randn(512, 1)
+    generator = Generator(loc=-1.0, scale=0.4)
+    elbo = ImplicitDivergence(Adversarial(Features(), learning_rate=0.05))
+    fit = lvm.fit(
+        story(generator),
+        None,
+        x,
+        elbo=elbo,
+        epochs=60,
+        optimizer=lambda p: torch.optim.Adam(p, lr=0.02, betas=(0.5, 0.9)),
+        compile=compiled,
+        progress=False,
+    )
+    assert fit.diagnosis is None
+    assert {"loss", "divergence", "discriminator"} <= fit.history.keys()
+    assert fit.history["discriminator"][-1] == pytest.approx(2 * math.log(2), abs=0.1)
+    assert generator.loc.item() == pytest.approx(1.0, abs=0.3)
+    assert generator.scale.abs().item() == pytest.approx(1.5, abs=0.35)

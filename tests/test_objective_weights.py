@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from problems import NUM_DATA, PROBLEMS
+from problems import NUM_DATA, PROBLEMS, Problem
 from pyro.infer import Trace_ELBO
 
 from pyro_lvm import MMD
@@ -86,6 +86,36 @@ def test_the_marginal_prior_of_a_mixture_by_hand():
     likelihood = dist.Normal(z, 0.5).log_prob(x)
     torch.testing.assert_close(parts["kl[z]"], kl.mean())
     torch.testing.assert_close(parts["loss"], (0.6 * kl - likelihood).mean())
+
+
+def test_a_global_latent_beside_a_weighted_marginal_prior_keeps_its_plain_kl():
+    x = torch.randn(NUM_DATA)
+
+    def model(x):
+        shift = pyro.sample("shift", dist.Normal(0.0, 2.0))
+        with pyro.plate("data", 3 * NUM_DATA, subsample=torch.arange(NUM_DATA)):
+            y = pyro.sample("y", dist.Categorical(torch.ones(2)), infer={"enumerate": "parallel"})
+            z = pyro.sample("z", dist.Normal(shift + torch.tensor([-1.0, 1.0])[y], 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("shift", dist.Normal(pyro.param("loc", torch.tensor(0.4)), 0.5))
+        with pyro.plate("data", 3 * NUM_DATA, subsample=torch.arange(NUM_DATA)):
+            pyro.sample("z", dist.Normal(pyro.param("slope", torch.tensor(0.6)) * x, 0.5))
+
+    problem = Problem(model, guide, (x,))
+    elbo = TraceInfo_ELBO(alpha=0.4, lambda_=0.6, max_plate_nesting=1)
+    elbo.loss(model, guide, x)
+    ours = value_and_gradient(elbo, problem)
+    assert_same(ours, from_terms(problem, {}, alpha=0.4))
+    parts = ours[2]
+    total = 0.6 * parts["kl[z]"] + parts["kl[global]"] - parts["reconstruction"]
+    assert ours[0] == pytest.approx(3 * NUM_DATA * total.item())
+    kl = dist.Normal(0.4, 0.5), dist.Normal(0.0, 2.0)
+    pyro.set_rng_seed(1)
+    shift = kl[0].sample()
+    expected = kl[0].log_prob(shift) - kl[1].log_prob(shift)
+    assert parts["kl[global]"].item() == pytest.approx(expected.item() / (3 * NUM_DATA))
 
 
 def test_weights_of_enumerated_and_sampled_sites_of_the_guide():

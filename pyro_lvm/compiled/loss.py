@@ -9,7 +9,11 @@ from pyro.infer import ELBO
 from torch import Tensor, fx, nn
 
 from pyro_lvm.compiled.inductor import compile_loss
-from pyro_lvm.compiled.objective import check_differentiable, loss_and_parts
+from pyro_lvm.compiled.objective import (
+    check_differentiable,
+    loss_and_parts,
+    modules_of_objective,
+)
 from pyro_lvm.compiled.recording import (
     NotRecordable,
     Recording,
@@ -45,7 +49,8 @@ def compile(
     recorded, or does not agree, a warning says why, once, and these arguments go on in Python.
 
     What is recorded is one run. Python that counts calls, or looks at anything but tensors, is
-    frozen as it was then; a weight that changes belongs into a tensor that is changed in place.
+    frozen as it was then; a weight that changes belongs into a schedule, or into a tensor that is
+    changed in place.
     The training mode of modules, and the numbers that the objective has as attributes, are looked
     at in every call, and each of their values has a graph of its own.
 
@@ -80,7 +85,7 @@ class CompiledLoss(nn.Module):
         super().__init__()
         check_differentiable(elbo)
         self.elbo, self.programs, self.backend = elbo, (model, guide), backend or compile_loss
-        self.owners = nn.ModuleList(modules_of(model, guide, getattr(elbo, "divergence", None)))
+        self.owners = nn.ModuleList(modules_of(model, guide, *modules_of_objective(elbo)))
         self.fallback_reason: str | None = None
         self._footprint: Footprint | None = None
         self._losses: dict[Hashable, _Compiled | None] = {}

@@ -1,14 +1,15 @@
-"""The loss of any objective for any pair: what training differentiates."""
+"""The loss of any objective for any pair: what training differentiates, and by whose rates."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from pyro.infer import ELBO, TraceGraph_ELBO
-from torch import Tensor
+from torch import Tensor, nn
 
-from pyro_lvm.pair import Program, device_of, no_guide
+from pyro_lvm.pair import Program, device_of, modules_of, no_guide
 
-__all__ = ["check_differentiable", "loss_and_parts"]
+__all__ = ["check_differentiable", "loss_and_parts", "modules_of_objective", "with_own_rates"]
 
 
 def check_differentiable(elbo: object) -> None:
@@ -58,6 +59,31 @@ def loss_and_parts(
         if hasattr(elbo, "differentiable_loss"):
             return elbo.differentiable_loss(*programs, *args, **kwargs), {}
         return _surrogate(elbo, *programs, args, kwargs), {}
+
+
+def modules_of_objective(elbo: Any) -> list[nn.Module]:
+    """The modules that belong to an objective: its divergence, and the schedules of its weights."""
+    schedules = getattr(elbo, "schedules", {})
+    return modules_of(getattr(elbo, "divergence", None), *schedules.values())
+
+
+def with_own_rates(
+    elbo: Any, parameters: Iterable[Tensor]
+) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """Parameters for an optimiser, and a further group of those that have a rate of their own.
+
+    A divergence with a ``learning_rate`` that is not None has one for its ``own_parameters``, which
+    are all that it has if it does not say.
+    """
+    divergence: Any = getattr(elbo, "divergence", None)
+    rate = getattr(divergence, "learning_rate", None)
+    parameters = list(parameters)
+    if rate is None:
+        return parameters, []
+    names = {id(p) for p in getattr(divergence, "own_parameters", None) or divergence.parameters()}
+    own = [p for p in parameters if id(p) in names]
+    rest = [p for p in parameters if id(p) not in names]
+    return rest, [{"params": own, "lr": rate}] if own else []
 
 
 def _surrogate(elbo: Any, model: Program, guide: Program, args: tuple, kwargs: dict) -> Tensor:

@@ -14,7 +14,7 @@ from pyro.infer import ELBO
 from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from pyro_lvm.compiled.objective import loss_and_parts
+from pyro_lvm.compiled.objective import loss_and_parts, modules_of_objective
 from pyro_lvm.compiled.tracing import Footprint, footprint, trace
 from pyro_lvm.pair import Program, untouched_random_state
 
@@ -44,7 +44,8 @@ class Recording:
         footprint: The parameters and states of the pair.
         constants: Tensors that the pair uses besides.
         names: What the parts are called.
-        loss: The loss by Python, before anything was recorded.
+        loss: The loss by Python, before anything was recorded, in the precision of the least
+            precise parameter: a weight in double precision does not make it a better one.
         gradient: Its gradient by ``footprint.parameters``; None where it does not depend on one.
     """
 
@@ -134,7 +135,8 @@ def record(
                 graph, constants = trace(function, found.tensors, tensors)
             except Exception as error:
                 raise NotRecordable(reason_of(error)) from error
-        recording = Recording(graph, found, constants, tuple(names), loss.detach(), gradient)
+        loss = loss.detach().to(_precision(found.parameters))
+        recording = Recording(graph, found, constants, tuple(names), loss, gradient)
         with untouched_random_state(args, kwargs), unchanged(found.states):
             try:
                 ours = graph(*recording.inputs, *tensors)[0]
@@ -144,6 +146,11 @@ def record(
     if reason is not None:
         raise NotRecordable(reason)
     return recording
+
+
+def _precision(parameters: Sequence[Tensor]) -> torch.dtype:
+    """The dtype of the least precise of some tensors."""
+    return max((p.dtype for p in parameters), key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def find(
@@ -161,9 +168,8 @@ def find(
     def run() -> Any:
         return loss_and_parts(elbo, model, guide, args, kwargs, parts=False)
 
-    divergence = getattr(elbo, "divergence", None)
     with torch.enable_grad(), untouched_random_state(args, kwargs or {}):
-        return footprint(run, model, guide, divergence)
+        return footprint(run, model, guide, *modules_of_objective(elbo))
 
 
 class NotRecordable(Exception):  # noqa: N818 - a reason to go on in Python, not an error

@@ -12,7 +12,12 @@ from torch.optim import Optimizer
 
 from pyro_lvm.checks import check_count, check_data, check_positive
 from pyro_lvm.compiled.inductor import compile_step
-from pyro_lvm.compiled.objective import check_differentiable, loss_and_parts
+from pyro_lvm.compiled.objective import (
+    check_differentiable,
+    loss_and_parts,
+    modules_of_objective,
+    with_own_rates,
+)
 from pyro_lvm.compiled.recording import (
     NotRecordable,
     Recording,
@@ -29,7 +34,6 @@ from pyro_lvm.compiled.step_graph import Clip, StepBackend, StepGraph
 from pyro_lvm.compiled.tracing import Footprint
 from pyro_lvm.pair import (
     Program,
-    modules_of,
     no_guide,
     parameters_of,
     plate_size,
@@ -64,15 +68,17 @@ class CompiledStep:
 
     The optimiser stays what it is: its ``state_dict`` is up to date after every call, and learning
     rates and momenta are read from its groups in every call, so that schedulers work (a rate holds
-    for all steps of a call). A step whose loss is not finite changes no parameter. What can't be
-    recorded runs in Python, and a warning says why, once; see `compile` for what recording means.
+    for all steps of a call, and so does the weight of a `Schedule`). A step whose loss is not
+    finite changes no parameter. What can't be recorded runs in Python, and a warning says why,
+    once; see `compile` for what recording means.
 
     Args:
         elbo: An objective of ours, or of Pyro's with a differentiable loss, or ``TraceGraph_ELBO``.
         model: The model.
         guide: The guide, or None if it samples nothing.
         optimizer: A torch optimiser over parameters of the pair, or a function that makes one from
-            all of them; ``Adam`` with a rate of 1e-3 if None. Adam, AdamW, SGD and Pyro's
+            all of them; ``Adam`` with a rate of 1e-3 if None. The parameters of a divergence with a
+            ``learning_rate`` are then a second group, with that rate. Adam, AdamW, SGD and Pyro's
             ClippedAdam are part of the graph; others run in Python.
         num_steps: How many steps a call takes.
         batch_size: Where the arguments are all data: the size of the minibatches, which are drawn
@@ -192,7 +198,7 @@ class CompiledStep:
             return None
         with torch.no_grad(), untouched_random_state(args, kwargs), unchanged(states):
             recorded = self._recording.graph(*inputs)[0]
-        return difference(recorded, python.detach())
+        return difference(recorded, python.detach().to(self._recording.loss.dtype))
 
     def give_up(self, reason: str) -> None:
         """Run in Python from now on, and say why."""
@@ -248,10 +254,14 @@ class CompiledStep:
 
     def _optimizer_for(self, args: tuple, kwargs: dict) -> Optimizer:
         if self.optimizer is None:
-            divergence = modules_of(getattr(self.elbo, "divergence", None))
             found = parameters_of(*self.programs, args, kwargs)
-            found += [p for module in divergence for p in module.parameters() if p.requires_grad]
-            self.optimizer = self._make_optimizer({id(p): p for p in found}.values())
+            for module in modules_of_objective(self.elbo):
+                found += [p for p in module.parameters() if p.requires_grad]
+            each_once = {id(p): p for p in found}.values()
+            parameters, others = with_own_rates(self.elbo, each_once)
+            self.optimizer = self._make_optimizer(parameters)
+            for group in others:
+                self.optimizer.add_param_group(group)
         return self.optimizer
 
     def _step_in_python(self, batch: tuple, kwargs: dict) -> Tensor:

@@ -44,6 +44,10 @@ class Objective(ELBO):
         """The schedules of the weights, by the names that weights have among the parts."""
         return {}
 
+    def guide_of(self, model: Program, guide: Program | None) -> Program | None:
+        """The guide that belongs to a model under this objective."""
+        return guide
+
     @abstractmethod
     def check_pair(
         self, model: Program, guide: Program | None, args: tuple = (), kwargs: dict | None = None

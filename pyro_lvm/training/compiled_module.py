@@ -66,6 +66,7 @@ class CompiledPairModule(PairModule):
         steps, data = self._compiled_steps(), self._data()
         taken = []
         for number, rows in enumerate(group.rows, group.first):
+            self._advance_schedules()
             before = torch.get_rng_state()
             try:
                 taken.append(steps.take(rows.unsqueeze(0), *data))
@@ -74,6 +75,7 @@ class CompiledPairModule(PairModule):
                     raise
                 taken.append(torch.full((1, 1 + len(steps.names)), math.nan))
             self._count_steps(1)
+            self._report_weights(len(rows))
             self._step_scheduler()
             loss = taken[-1][0, 0]
             if not is_at_hand(loss):
@@ -93,13 +95,19 @@ class CompiledPairModule(PairModule):
         values = {**dict(zip(self._steps.names, parts, strict=True)), "loss": loss / self.num_data}
         self.means.add(values, len(table) * group.rows.shape[1])
 
+    def _report_weights(self, size: int) -> None:
+        """Add the weights that no part reports to the means of the epoch."""
+        assert self._steps is not None
+        others = self.schedules.keys() - set(self._steps.names)
+        self.means.add({name: self.schedules[name].weight for name in others}, size)
+
     def _compare_with_python(self, group: Group) -> None:
         batch = self._loader("").batch(group.first)
         reason = self._compiled_steps().check(*batch)
         if reason is not None:
             self._compiled_steps().give_up(
                 f"{reason}, so that something in Python has changed since it was compiled; a "
-                f"weight that changes belongs into a tensor that is changed in place"
+                f"weight that changes belongs into a schedule, or a tensor that is changed in place"
             )
 
     def _compiled_steps(self) -> CompiledStep:

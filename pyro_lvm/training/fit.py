@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pyro_lvm.checks import check_count
-from pyro_lvm.compiled.objective import check_differentiable
+from pyro_lvm.compiled.objective import check_differentiable, modules_of_objective
 from pyro_lvm.compiled.step_graph import Clip
 from pyro_lvm.infer import TraceInfo_ELBO
 from pyro_lvm.pair import Program, modules_of
@@ -34,6 +34,13 @@ from pyro_lvm.training.preflight import (
 )
 from pyro_lvm.training.processes import Processes
 from pyro_lvm.training.result import Fit, Stopped
+from pyro_lvm.training.schedules import (
+    advance,
+    describe_schedules,
+    is_weight,
+    last_positions,
+    too_short,
+)
 from pyro_lvm.training.sources import Data
 from pyro_lvm.training.strategies import (
     check_strategy,
@@ -89,6 +96,17 @@ def fit(
     evaluation mode. Ctrl-C ends the run early, in the same way. So does a loss that is not finite:
     the pair never gets parameters whose loss on its first data is not, and a warning names the
     batch and the first site that is not finite.
+
+    Schedules of weights (`LinearSchedule` and others, in the objective or in a module of the pair)
+    start anew with the run, and are advanced before every step; the history has the mean of each
+    over the steps of an epoch. On validation data they stand at their end: losses of different
+    epochs can be compared under the same weights only, so that the best epoch and ``patience`` are
+    about the objective in which the schedules end. A warning before the first step says which
+    schedules are longer than the run, and one at the end which it has left early, also where it was
+    interrupted; not where the loss was not finite, which has a warning of its own.
+
+    A divergence with a ``learning_rate`` (`Adversarial`) has it in a second group of the optimiser.
+    A scheduler that sets one rate for all groups (``OneCycleLR`` with a number) sets that one too.
 
     With ``checkpoint_dir`` a run that was killed goes on from its last checkpoint, by the same call
     with ``resume=True``, and on the CPU ends with the same parameters to the last bit. A checkpoint
@@ -200,7 +218,12 @@ def fit(
     callbacks = [best, *callbacks]
     if progress:
         callbacks.append(EpochProgress(epochs))
+    foretold = last_positions(
+        module.schedules, epochs=epochs, batches=batches.num_batches, settings=settings
+    )
+    _warn_of_each(too_short(module.schedules, foretold, over=False).values())
     with moved(module, target):
+        advance(module.schedules, step=0, epoch=0)
         if directory is not None:
             run = _description(module, batches, held_out, seed, compiled=compiled)
             checkpoint = _last_checkpoint(directory, run, epochs) if resume else None
@@ -224,6 +247,8 @@ def fit(
         stopped = "loss not finite"
     if module.diagnosis is not None and module.processes.rank == 0:
         _warn_of(module.diagnosis, best.epoch)
+    elif module.processes.rank == 0:
+        _warn_of_each(_left_early(module, foretold))
     return Fit(
         history=module.history,
         best_epoch=best.epoch,
@@ -231,6 +256,7 @@ def fit(
         seconds=time.perf_counter() - start,
         num_parameters=sum(p.numel() for p in module.trained),
         diagnosis=module.diagnosis,
+        weights=tuple(name for name in module.history if is_weight(name, module.schedules)),
     )
 
 
@@ -244,7 +270,9 @@ def _checked_module(
     from pyro_lvm.training.lightning import PairModule
 
     model, guide, elbo, *_ = given
-    modules = modules_of(model, guide, getattr(elbo, "divergence", None))
+    modules = modules_of(model, guide, *modules_of_objective(elbo))
+    if hasattr(elbo, "guide_of"):  # stories without a guide
+        guide = elbo.guide_of(model, guide)
     with evaluating(modules) as home:
         for data_set in (batches, held_out) if held_out is not None else (batches,):
             data_set.to(home or batches.device)
@@ -347,6 +375,7 @@ def _description(
         "elbo": type(module.elbo).__name__,
         "optimizer": describe_optimizer(module.make_optimizer()),
         "scheduler": describe_scheduler(module.configure_optimizers()),
+        "schedules": describe_schedules(module.schedules),
         "compiled": compiled,
     }
 
@@ -364,6 +393,18 @@ def _last_checkpoint(directory: Path, run: dict[str, Any], epochs: int) -> Path 
 def _warn_of(diagnosis: str, epoch: int | None) -> None:
     kept = "from before training" if epoch is None else f"of epoch {epoch}"
     warnings.warn(f"{diagnosis} The pair has the parameters {kept}.", stacklevel=3)
+
+
+def _left_early(module: "PairModule", foretold: Mapping[str, int]) -> list[str]:
+    """What to say of schedules that a run has left early, unless that has been said before it."""
+    positions = {name: schedule.position for name, schedule in module.schedules.items()}
+    texts = too_short(module.schedules, positions, over=True)
+    return [text for name, text in texts.items() if positions[name] != foretold[name]]
+
+
+def _warn_of_each(texts: Iterable[str]) -> None:
+    for text in texts:
+        warnings.warn(text, stacklevel=3)
 
 
 def _minibatches(

@@ -12,7 +12,8 @@ from pyro.infer import ELBO
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from pyro_lvm.compiled.objective import loss_and_parts
+from pyro_lvm.compiled.objective import loss_and_parts, modules_of_objective, with_own_rates
+from pyro_lvm.infer.schedules import at_end
 from pyro_lvm.pair import (
     Program,
     modules_of,
@@ -25,6 +26,7 @@ from pyro_lvm.training.diagnosis import NOTHING_FOUND, explain
 from pyro_lvm.training.discovery import Newcomers
 from pyro_lvm.training.history import History
 from pyro_lvm.training.randomness import random_state, set_random_state
+from pyro_lvm.training.schedules import advance, schedules_of
 from pyro_lvm.training.tensors import PairTensors, check_same_tensors
 from pyro_lvm.training.together import Together
 
@@ -42,6 +44,9 @@ class PairModule(Together):
     objective's loss divided by the number of all data: nats per datum. Each epoch adds the mean of
     the loss and, for objectives that report them, of its parts to ``history``; the same values are
     logged, validation under "validation/...".
+
+    Schedules (the objective's, and any in the modules of pair and divergence) are advanced before
+    every step. For validation they stand at their end.
 
     Parameters that the pair declares in a later call only are trained from that call on, in a
     group of the optimiser's defaults. A loss that is not finite ends the run.
@@ -68,6 +73,7 @@ class PairModule(Together):
         plate: Name of the data plate.
 
     Attributes:
+        schedules: The schedules of the run, by name.
         means: The means of this epoch so far, and of all epochs.
         tensors: What training changes, by name.
         diagnosis: Where a loss or a parameter was not finite, and the first site that shows why;
@@ -95,7 +101,8 @@ class PairModule(Together):
         self.elbo, self.optimizer, self.num_data = elbo, optimizer, num_data
         self.scheduler = scheduler
         self.plate = plate
-        self.owners = nn.ModuleList(modules_of(model, guide, getattr(elbo, "divergence", None)))
+        self.owners = nn.ModuleList(modules_of(model, guide, *modules_of_objective(elbo)))
+        self.schedules = schedules_of(elbo, self.owners)
         model, guide = (plate_size(p, num_data, plate=plate) for p in (model, guide))
         self.programs = model, guide
         self.example = example
@@ -131,6 +138,7 @@ class PairModule(Together):
 
         The run ends in that case.
         """
+        self._advance_schedules()
         with self._newcomers:
             loss = self._step(batch, batch_index, "")
         if self._newcomers.found:
@@ -138,8 +146,8 @@ class PairModule(Together):
         return loss
 
     def validation_step(self, batch: tuple[Tensor, ...], batch_index: int) -> None:
-        """The loss of a minibatch that is not trained on."""
-        with torch.no_grad():
+        """The loss of a minibatch that is not trained on, under the weights at the end."""
+        with torch.no_grad(), at_end(self.schedules.values()):
             self._step(batch, batch_index, "validation/")
 
     def configure_optimizers(self) -> Any:
@@ -158,17 +166,18 @@ class PairModule(Together):
         return {"optimizer": optimizer, "lr_scheduler": each_step}
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """An optimiser of all parameters, each once."""
+        """An optimiser of all parameters, each once; those with a rate of their own come second."""
         first, *later = (list(group.values()) for group in self.tensors.groups)
-        optimizer = self.optimizer(first)
+        parameters, others = with_own_rates(self.elbo, first)
+        optimizer = self.optimizer(parameters)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(
                 f"Expected optimizer to make a torch.optim.Optimizer from parameters, such as "
                 f"lambda p: torch.optim.Adam(p, lr=1e-3); got one that makes "
                 f"{type(optimizer).__name__}."
             )
-        for parameters in later:
-            optimizer.add_param_group({"params": parameters})
+        for group in [*others, *({"params": parameters} for parameters in later)]:
+            optimizer.add_param_group(group)
         return optimizer
 
     def on_fit_start(self) -> None:
@@ -224,10 +233,11 @@ class PairModule(Together):
                 tensor.copy_(state[name])
 
     def loss(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a minibatch and its parts by name, nats per datum."""
+        """The loss of a minibatch and its parts by name, nats per datum, and the weights."""
         loss, parts = loss_and_parts(self.elbo, *self.programs, batch)
         loss = loss / self.num_data
-        return loss, {**parts, "loss": loss.detach()}
+        weights = {name: schedule.weight.detach() for name, schedule in self.schedules.items()}
+        return loss, {**weights, **parts, "loss": loss.detach()}
 
     def has_finite_loss(self, batch: tuple[Tensor, ...]) -> bool:
         """Whether parameters and loss are finite."""
@@ -253,6 +263,12 @@ class PairModule(Together):
         """
         not_finite = self.tensors.not_finite()
         return explain(*self.programs, batch, not_finite, plate=self.plate, rows=rows)
+
+    def _advance_schedules(self) -> None:
+        """Put the weights of the next step in force."""
+        if self.schedules:
+            trainer = self.trainer
+            advance(self.schedules, step=trainer.global_step, epoch=trainer.current_epoch)
 
     def _step(self, batch: tuple[Tensor, ...], index: int, prefix: str) -> Tensor | None:
         batch = (batch,) if isinstance(batch, Tensor) else tuple(batch)

@@ -1,5 +1,6 @@
 """What a run leaves behind."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,13 +17,15 @@ class Fit:
 
     Attributes:
         history: Name -> one mean per epoch, in nats per datum: "loss", its parts as the objective
-            reports them, and each of them as "validation/..." on the validation data.
+            reports them, and each of them as "validation/..." on the validation data. Weights that
+            change, such as "kl_weight", are there as well, as they were in force.
         best_epoch: The epoch (from 0) whose parameters the pair now has: that of the least
             validation loss, or the last one without validation data; None if none was finished.
         stopped: Why the run ended.
         seconds: How long it took.
         num_parameters: How many numbers were trained.
         diagnosis: Where and why the loss was not finite; None if it always was.
+        weights: The names in the history that are weights, and no nats.
     """
 
     history: dict[str, list[float]]
@@ -31,6 +34,7 @@ class Fit:
     seconds: float
     num_parameters: int
     diagnosis: str | None = None
+    weights: tuple[str, ...] = ()
 
     @property
     def num_epochs(self) -> int:
@@ -44,8 +48,15 @@ class Fit:
         )
         lines = [head] if self.diagnosis is None else [head, f"  {self.diagnosis}"]
         if self.best_epoch is not None:
-            values = ", ".join(f"{k} {v[self.best_epoch]:.3f}" for k, v in self.history.items())
-            lines.append(f"  epoch {self.best_epoch}: {values} (nats per datum)")
+            nats = self._shown(name for name in self.history if name not in self.weights)
+            lines.append(f"  epoch {self.best_epoch}: {nats} (nats per datum)")
+            if self.weights:
+                lines.append(f"  weights: {self._shown(self.weights)}")
         return "\n".join(lines)
+
+    def _shown(self, names: Iterable[str]) -> str:
+        """The values of the best epoch."""
+        assert self.best_epoch is not None
+        return ", ".join(f"{name} {self.history[name][self.best_epoch]:.3f}" for name in names)
 
     __repr__ = __str__

@@ -167,8 +167,10 @@ def checkpoint_settings(callbacks: Sequence[Any], settings: Mapping[str, Any]) -
 
 def describe_optimizer(optimizer: torch.optim.Optimizer) -> str:
     """An optimiser and its settings, in words that are the same for the same optimiser."""
-    settings = ", ".join(f"{name}={value}" for name, value in sorted(optimizer.defaults.items()))
-    return f"{type(optimizer).__name__}({settings})"
+    settings = [f"{name}={value}" for name, value in sorted(optimizer.defaults.items())]
+    rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
+    others = [f"lr of its own {rate}" for rate in rates if rate != optimizer.defaults["lr"]]
+    return f"{type(optimizer).__name__}({', '.join(settings + others)})"
 
 
 def describe_scheduler(configured: Any) -> str | None:

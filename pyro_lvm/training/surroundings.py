@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from pyro_lvm.training.schedules import placed_parameters
+
 if TYPE_CHECKING:
     from pyro_lvm.training.lightning import PairModule
 
@@ -46,7 +48,7 @@ def evaluating(modules: list[nn.Module]) -> Iterator[torch.device | None]:
     for module in modules:
         module.eval()
     try:
-        yield next((p.device for module in modules for p in module.parameters()), None)
+        yield next((p.device for p in placed_parameters(modules)), None)
     finally:
         for m, training in modes:
             m.training = training
@@ -58,7 +60,7 @@ def evaluating(modules: list[nn.Module]) -> Iterator[torch.device | None]:
 def moved(module: "PairModule", target: torch.device) -> Iterator[None]:
     """The pair's parameters on a device, and afterwards back where each was, ready to evaluate."""
     homes = {id(t): t.device for t in module.tensors.all}
-    home = next(iter(homes.values()))  # of what comes later
+    home = module.tensors.device  # of what comes later
     module.owners.train()
     try:
         for t in module.tensors.all:
@@ -66,7 +68,7 @@ def moved(module: "PairModule", target: torch.device) -> Iterator[None]:
         yield
     finally:
         for t in module.tensors.all:
-            t.data = t.data.to(homes.get(id(t), home))
+            t.data = t.data.to(homes.get(id(t), home or t.device))
         for p in module.trained:
             p.grad = None  # of no use any more, and on the other device
         module.owners.eval()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_lvm.training.discovery import called_modules
+from pyro_lvm.training.schedules import placed_parameters
 
 __all__ = ["PairTensors"]
 
@@ -49,6 +50,12 @@ class PairTensors:
     def all(self) -> list[Tensor]:
         """All tensors of the pair, frozen ones too."""
         return [*self.owners.parameters(), *self.owners.buffers(), *self.outside().values()]
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the pair is, if it has tensors."""
+        others = [*self.owners.buffers(), *self.outside().values()]
+        return next((t.device for t in (*placed_parameters([self.owners]), *others)), None)
 
     def changing(self) -> dict[str, Tensor]:
         """All that training changes: what is trained, and buffers."""
@@ -113,8 +120,7 @@ class PairTensors:
     def _find(self) -> dict[str, Tensor]:
         """Run the pair, and return what it has that is not trained yet."""
         with called_modules() as called:
-            device = next((t.device for t in self.all), None)
-            declared = list(self._declare(device))
+            declared = list(self._declare(self.device))
         new = self._new(declared)
         loose = {id(p) for p in self.loose.values()}
         self._called = [m for m in called if any(id(p) in loose for p in m.parameters())]
