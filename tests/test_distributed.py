@@ -23,8 +23,8 @@ from torch import nn
 from torch.distributions import constraints
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from pyro_lvm.divergences import MMD
-from pyro_lvm.infer import TraceInfo_ELBO, comparison
+from pyro_lvm.divergences import MMD, Adversarial, Stein
+from pyro_lvm.infer import LinearSchedule, TraceInfo_ELBO, TraceIW_ELBO, comparison
 from pyro_lvm.infer.gathering import across_processes
 from pyro_lvm.training import Batches, checkpoint, fit, lightning, saving
 from pyro_lvm.training.lightning import PairModule
@@ -152,6 +152,11 @@ class Weighted(nn.Module):
         return MMD()(q * self.weight, p * self.weight)
 
 
+def discriminator():
+    torch.manual_seed(6)
+    return Adversarial(nn.Linear(2, 1), generator="minimax", learning_rate=0.02)
+
+
 def data(num=40, seed=11):
     generator = torch.Generator().manual_seed(seed)
     draws = torch.randn(num, 7, generator=generator, dtype=torch.float64)
@@ -202,6 +207,10 @@ SAME = {
     "several particles": {"elbo": lambda: info(num_particles=2, vectorize_particles=True)},
     "several runs": {"elbo": lambda: info(num_particles=2)},
     "a global latent": {"make": Global, "elbo": info},
+    "a discriminator": {"elbo": lambda: info(discriminator()), "epochs": 4},
+    "a score": {"make": Functions, "elbo": lambda: info(Stein())},
+    "a schedule": {"elbo": lambda: info(kl_weight=LinearSchedule(0.0, 1.0, steps=20))},
+    "importance weights": {"elbo": lambda: TraceIW_ELBO(num_particles=3)},
     "patience": {"optimizer": lambda p: torch.optim.Adam(p, lr=2.0), "patience": 2, "epochs": 40},
     "DataLoader": {
         "data": DataLoader(TensorDataset(*data()), batch_size=8, shuffle=True),

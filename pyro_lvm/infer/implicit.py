@@ -41,6 +41,9 @@ class ImplicitDivergence(Objective):
     divergence is to see beside the draws, and beside the data: x given y is learnt from pairs
     (x', y) and (x, y).
 
+    The parts of `loss_and_parts` are ``loss``, ``divergence``, which is the same per datum, and
+    ``discriminator``, the loss of the divergence's own player, if it has one.
+
     Args:
         divergence: Module or function of two tensors, draws from the story ``B x D`` and data
             ``B x D``, that returns a scalar. A player of its own (`Adversarial`) is trained by the
@@ -77,34 +80,14 @@ class ImplicitDivergence(Objective):
         super().__init__(divergence=divergence, plate=plate, retain_graph=retain_graph)
         self.sites, self.conditions = sites, tuple(conditions)
 
-    def loss_and_parts(
-        self, model: Program, guide: Program, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and its parts by name; the loss is differentiable if gradients are enabled.
-
-        Returns:
-            The loss, a scalar over all data, and the parts without gradient: ``loss`` per datum,
-            ``divergence``, which is the same, and ``discriminator``, the loss of the divergence's
-            own player, if it has one.
-        """
-        return super().loss_and_parts(model, guide, *args, **kwargs)
-
-    def check_pair(
-        self, model: Program, guide: Program | None, args: tuple = (), kwargs: dict | None = None
+    def _inspect(
+        self, model: Program, guide: Program | None, args: tuple, kwargs: dict
     ) -> PairStructure:
-        """Refuse a story that this objective has no meaning for, before any work starts.
-
-        Returns:
-            What it is made of.
-
-        Raises:
-            ValueError: What was expected, what came, which site, and the remedy.
-        """
-        _check_guide(guide, args, kwargs or {})
+        _check_guide(guide, args, kwargs)
         structure = inspect_pair(model, self.guide_of(model), args, kwargs, plate=self.plate)
         self._check_names(structure)
         with torch.no_grad(), untouched_random_state(args, kwargs), device_of(args, kwargs):
-            drawn = self._draw(model, args, kwargs or {}, self._selected(structure)).nodes
+            drawn = self._draw(model, args, kwargs, self._selected(structure)).nodes
         for name in self._selected(structure):
             if not drawn[name]["fn"].has_rsample:
                 raise ValueError(

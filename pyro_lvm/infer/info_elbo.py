@@ -63,6 +63,18 @@ class TraceInfo_ELBO(Objective):
     Sites that the model enumerates are summed out inside the likelihood; weights do not touch them.
     The prior of a sampled latent that depends on such a sum is its marginal prior.
 
+    The parts of `loss_and_parts` add up::
+
+        loss = - reconstruction + (1 - alpha) sum_s kl_weight[s] kl[s] + free_bits
+               + (alpha + lambda - 1) divergence + kl[global]
+
+    They are ``kl[<site>]`` for each local site of the guide, ``kl[global]`` if there are sites
+    outside the plate, ``divergence`` if it has a weight, ``discriminator`` (the loss of the
+    divergence's own player) if it has one, ``free_bits`` (what they add to the KL) and the weights
+    ``alpha``, ``lambda``, ``kl_weight`` or ``kl_weight[<site>]`` where they may change. Where no
+    datum has parts of its own (sites enumerated sequentially, or outside the plate) there is only
+    ``loss``; without a data plate that is over all data.
+
     Args:
         alpha: Weight that is taken off the KL of local latents; below 0 for a beta above 1.
         lambda_: Weight of the divergence on the aggregate posterior, as in the paper.
@@ -151,38 +163,9 @@ class TraceInfo_ELBO(Objective):
         """Whether there is a divergence with a weight, which in a tensor may also become 0."""
         return self.divergence is not None and may_differ_from(0.0, self.divergence_weight)
 
-    def loss_and_parts(
-        self, model: Program, guide: Program, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and its parts by name; the loss is differentiable if gradients are enabled.
-
-        The parts are per datum, in nats, averaged over particles, without gradient, and add up::
-
-            loss = - reconstruction + (1 - alpha) sum_s kl_weight[s] kl[s] + free_bits
-                   + (alpha + lambda - 1) divergence + kl[global]
-
-        Returns:
-            The loss, a scalar over all data, and the parts: ``loss``, ``reconstruction``,
-            ``kl[<site>]`` for each local site of the guide, ``kl[global]`` if there are sites
-            outside the plate, ``divergence`` if it has a weight, ``discriminator`` (the loss of the
-            divergence's own player) if it has one, ``free_bits`` (what they add to the KL), and
-            ``alpha``, ``lambda``, ``kl_weight`` or ``kl_weight[<site>]`` where they may change.
-            Where no datum has parts of its own (sites enumerated sequentially, or outside the
-            plate) only ``loss``; without a data plate that is over all data.
-        """
-        return super().loss_and_parts(model, guide, *args, **kwargs)
-
-    def check_pair(
-        self, model: Program, guide: Program | None, args: tuple = (), kwargs: dict | None = None
+    def _inspect(
+        self, model: Program, guide: Program | None, args: tuple, kwargs: dict
     ) -> PairStructure:
-        """Refuse a pair that this objective has no meaning for, before any work starts.
-
-        Returns:
-            What the pair is made of.
-
-        Raises:
-            ValueError: What was expected, what came, which site, and the remedy.
-        """
         needs_plate = self._is_weighted() or self.has_divergence or self._has_free_bits()
         structure = inspect_pair(
             model, guide, args, kwargs, plate=self.plate, require_plate=needs_plate

@@ -65,6 +65,13 @@ class TraceIW_ELBO(Objective):
     is run a second time at the latents that it has drawn, where it must give the same density.
     Their loss can be differentiated once.
 
+    The parts of `loss_and_parts` are averaged over particles and add up::
+
+        loss = - reconstruction + sum_s kl[s] + kl[global] - weighting
+
+    with ``kl[<site>]`` for each local site of the guide, ``kl[global]`` if there are sites outside
+    the plate, and ``weighting``, L_K minus the ELBO: what several particles gain.
+
     Args:
         num_particles: ``K``.
         gradient: The estimator of the gradient by the guide's parameters.
@@ -104,38 +111,13 @@ class TraceIW_ELBO(Objective):
         )
         self.gradient, self.chunk_size = gradient, chunk_size
 
-    def loss_and_parts(
-        self, model: Program, guide: Program, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and its parts by name; the loss is differentiable if gradients are enabled.
-
-        The parts are per datum, in nats, averaged over particles, without gradient, and add up::
-
-            loss = - reconstruction + sum_s kl[s] + kl[global] - weighting
-
-        Returns:
-            The loss, a scalar over all data, and the parts: ``loss``, ``reconstruction``,
-            ``kl[<site>]`` for each local site of the guide, ``kl[global]`` if there are sites
-            outside the plate, and ``weighting``, which is L_K minus the ELBO: what several
-            particles gain.
-        """
-        return super().loss_and_parts(model, guide, *args, **kwargs)
-
-    def check_pair(
-        self, model: Program, guide: Program | None, args: tuple = (), kwargs: dict | None = None
+    def _inspect(
+        self, model: Program, guide: Program | None, args: tuple, kwargs: dict
     ) -> PairStructure:
-        """Refuse a pair that this objective has no meaning for, before any work starts.
-
-        Returns:
-            What the pair is made of.
-
-        Raises:
-            ValueError: What was expected, what came, which site, and the remedy.
-        """
         structure = inspect_pair(model, guide, args, kwargs, plate=self.plate)
         _check_guide(structure)
         if self.gradient != "reparameterized":
-            _check_runs_again(guide or no_guide, args, kwargs or {}, self.gradient)
+            _check_runs_again(guide or no_guide, args, kwargs, self.gradient)
         return structure
 
     def _evaluate(

@@ -48,7 +48,6 @@ class Objective(ELBO):
         """The guide that belongs to a model under this objective."""
         return guide
 
-    @abstractmethod
     def check_pair(
         self, model: Program, guide: Program | None, args: tuple = (), kwargs: dict | None = None
     ) -> PairStructure:
@@ -60,6 +59,7 @@ class Objective(ELBO):
         Raises:
             ValueError: What was expected, what came, which site, and the remedy.
         """
+        return self._inspect(model, guide, args, kwargs or {})
 
     def __call__(self, model: Program, guide: Program) -> ELBOModule:
         """The loss of one pair as a module, which owns what the pair's bound methods belong to."""
@@ -102,6 +102,12 @@ class Objective(ELBO):
 
     def _get_trace(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> Any:
         raise NotImplementedError("The traces are drawn by the host.")
+
+    @abstractmethod
+    def _inspect(
+        self, model: Program, guide: Program | None, args: tuple, kwargs: dict
+    ) -> PairStructure:
+        """What `check_pair` does."""
 
     @abstractmethod
     def _evaluate(
