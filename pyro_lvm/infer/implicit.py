@@ -11,7 +11,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_lvm.infer.comparison import compare, joint, needs_density
-from pyro_lvm.infer.objective import Objective
+from pyro_lvm.infer.objective import Call, Objective
 from pyro_lvm.pair import (
     PairStructure,
     Program,
@@ -80,14 +80,13 @@ class ImplicitDivergence(Objective):
         super().__init__(divergence=divergence, plate=plate, retain_graph=retain_graph)
         self.sites, self.conditions = sites, tuple(conditions)
 
-    def _inspect(
-        self, model: Program, guide: Program | None, args: tuple, kwargs: dict
-    ) -> PairStructure:
+    def _inspect(self, call: Call) -> PairStructure:
+        model, guide, args, kwargs = call
         _check_guide(guide, args, kwargs)
         structure = inspect_pair(model, self.guide_of(model), args, kwargs, plate=self.plate)
         self._check_names(structure)
         with torch.no_grad(), untouched_random_state(args, kwargs), device_of(args, kwargs):
-            drawn = self._draw(model, args, kwargs, self._selected(structure)).nodes
+            drawn = self._draw(call, self._selected(structure)).nodes
         for name in self._selected(structure):
             if not drawn[name]["fn"].has_rsample:
                 raise ValueError(
@@ -102,19 +101,11 @@ class ImplicitDivergence(Objective):
         return poutine.block(model, hide_fn=lambda site: site["is_observed"])
 
     def _evaluate(
-        self,
-        model: Program,
-        guide: Program | None,
-        args: tuple,
-        kwargs: dict,
-        *,
-        differentiable: bool,
-        parts: bool,
+        self, call: Call, *, differentiable: bool, parts: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        structure = self._prepared_for(model, guide, args, kwargs)
-        names = self._selected(structure)
-        with device_of(args, kwargs):
-            trace = self._draw(model, args, kwargs, names)
+        names = self._selected(self._prepared_for(call))
+        with device_of(call.args, call.kwargs):
+            trace = self._draw(call, names)
             sites = {name: trace.nodes[name] for name in (*names, *self.conditions)}
             observed = {n: {**s, "value": _observed(s)} for n, s in sites.items()}
             draws, data = joint(sites, self.plate), joint(observed, self.plate)
@@ -128,8 +119,8 @@ class ImplicitDivergence(Objective):
         found = {"loss": divergence.detach(), "divergence": divergence.detach()}
         return loss, found if player is None else {**found, "discriminator": player.detach()}
 
-    def _draw(self, model: Program, args: tuple, kwargs: dict, names: Sequence[str]) -> Trace:
-        return poutine.trace(_Drawn(names)(model)).get_trace(*args, **kwargs)
+    def _draw(self, call: Call, names: Sequence[str]) -> Trace:
+        return poutine.trace(_Drawn(names)(call.model)).get_trace(*call.args, **call.kwargs)
 
     def _selected(self, structure: PairStructure) -> list[str]:
         if self.sites is not None:

@@ -1,28 +1,20 @@
 """The InfoVAE objective: KL weights, and a divergence on the aggregate posterior."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pyro.infer import ELBO, TraceMeanField_ELBO
 from torch import Tensor
 
 from pyro_lvm.infer import weights
-from pyro_lvm.infer.comparison import (
-    Comparison,
-    compare,
-    joint,
-    needs_density,
-    of_the_whole_batch,
-)
-from pyro_lvm.infer.gathering import batch_is_shared
-from pyro_lvm.infer.host import LocalWeight, Run, TraceTerms_ELBO, host_class, recorded
-from pyro_lvm.infer.objective import Objective
-from pyro_lvm.infer.prior import prior_log_prob, sample_prior_sites
+from pyro_lvm.infer.aggregate import aggregate_divergence, check_compared
+from pyro_lvm.infer.comparison import Comparison
+from pyro_lvm.infer.host import LocalWeight, TraceTerms_ELBO, host_class, recorded
+from pyro_lvm.infer.objective import Call, Objective
 from pyro_lvm.infer.schedules import Schedule
 from pyro_lvm.infer.weights import Weight, Weights, in_force, may_differ_from, times
-from pyro_lvm.pair import PairStructure, Program, data_plate, device_of, inspect_pair, no_guide
+from pyro_lvm.pair import PairStructure, data_plate, device_of, inspect_pair, no_guide
 from pyro_lvm.terms import Terms, terms_from_traces
 
 __all__ = ["TraceInfo_ELBO"]
@@ -163,16 +155,12 @@ class TraceInfo_ELBO(Objective):
         """Whether there is a divergence with a weight, which in a tensor may also become 0."""
         return self.divergence is not None and may_differ_from(0.0, self.divergence_weight)
 
-    def _inspect(
-        self, model: Program, guide: Program | None, args: tuple, kwargs: dict
-    ) -> PairStructure:
+    def _inspect(self, call: Call) -> PairStructure:
         needs_plate = self._is_weighted() or self.has_divergence or self._has_free_bits()
-        structure = inspect_pair(
-            model, guide, args, kwargs, plate=self.plate, require_plate=needs_plate
-        )
+        structure = inspect_pair(*call, plate=self.plate, require_plate=needs_plate)
         self._check_names(structure)
         if self.has_divergence:
-            self._check_sites(structure)
+            check_compared(self.divergence, self._compared(structure), structure)
         return structure
 
     def _prepare(self, structure: PairStructure) -> "_Prepared":
@@ -184,21 +172,16 @@ class TraceInfo_ELBO(Objective):
         return recorded(base)(weight=weight, **self._settings)
 
     def _evaluate(
-        self,
-        model: Program,
-        guide: Program | None,
-        args: tuple,
-        kwargs: dict,
-        *,
-        differentiable: bool,
-        parts: bool,
+        self, call: Call, *, differentiable: bool, parts: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        prepared = self._prepared_for(model, guide, args, kwargs)
-        call = _Call(model, guide or no_guide, args, kwargs)
-        with device_of(args, kwargs):
+        prepared = self._prepared_for(call)
+        with device_of(call.args, call.kwargs):
             loss = torch.as_tensor(self._host_loss(prepared, call, differentiable))
             host, structure = prepared.host, prepared.structure
-            compared = self._divergence(host, structure, call) if self.has_divergence else None
+            compared = None
+            if self.has_divergence:
+                names = self._compared(structure)
+                compared = aggregate_divergence(self.divergence, names, host, structure, call)
             loss = self._with_divergence(host, loss, compared)
             terms = self._terms(host, structure, wanted=parts or self._has_free_bits())
             extra = self._below_free_bits(terms)
@@ -210,7 +193,7 @@ class TraceInfo_ELBO(Objective):
 
     # the host's part
 
-    def _host_loss(self, prepared: "_Prepared", call: "_Call", differentiable: bool) -> Any:
+    def _host_loss(self, prepared: "_Prepared", call: Call, differentiable: bool) -> Any:
         """The weighted loss by the host; by the terms where a weight and a sum collide."""
         try:
             return self._run(prepared.host, call, differentiable)
@@ -224,11 +207,11 @@ class TraceInfo_ELBO(Objective):
         prepared.host = self._host(TraceTerms_ELBO, structure)
         return self._run(prepared.host, call, differentiable)
 
-    def _run(self, host: Any, call: "_Call", differentiable: bool) -> Any:
+    def _run(self, host: Any, call: Call, differentiable: bool) -> Any:
         host.weight.of = self._weight_of
         host.runs.clear()
         method = host.differentiable_loss if differentiable else host.loss
-        return method(call.model, call.guide, *call.args, **call.kwargs)
+        return method(call.model, call.guide or no_guide, *call.args, **call.kwargs)
 
     def _weight_of(self, site: str) -> float | Tensor:
         """The weight of a local latent's KL."""
@@ -245,68 +228,6 @@ class TraceInfo_ELBO(Objective):
             f"{[*structure.not_reparameterised, *structure.guide_enumerated]}. Enumerate all of "
             f"them in the guide, or leave the weights away."
         )
-
-    # the divergence
-
-    def _divergence(self, host: Any, structure: PairStructure, call: "_Call") -> Comparison:
-        """D between the latents of the minibatch and the prior, averaged over particles."""
-        names = self._compared(structure)
-        if len(host.runs) > self.num_particles:
-            raise ValueError(
-                f"Expected one run per particle for the divergence; got sequential enumeration in "
-                f"the guide at {list(structure.guide_enumerated)}. Enumerate it in parallel."
-            )
-        story = call.model
-        if host.vectorize_particles:
-            story = host._vectorized_num_particles(story)
-        by = self._by_density if needs_density(self.divergence) else self._by_samples
-        found = []
-        for run in host.runs:
-            given = {n: run.guide_trace.nodes[n]["value"] for n in structure.global_latents}
-            prior = partial(by, host, names, run, story, call)
-            found.append(prior({**given, **run.indices}))
-        values, losses = zip(*found, strict=True)
-        player = None if losses[0] is None else torch.stack(losses).mean()
-        return torch.stack(values).mean(), player
-
-    def _by_samples(
-        self, host: Any, names: list[str], run: Run, story: Program, call: "_Call", given: dict
-    ) -> Comparison:
-        drawn = sample_prior_sites(story, names, call.args, call.kwargs, given=given)
-        q = joint({n: run.guide_trace.nodes[n] for n in names}, self.plate)
-        return compare(self.divergence, q, joint(drawn, self.plate))
-
-    def _by_density(
-        self, host: Any, names: list[str], run: Run, story: Program, call: "_Call", given: dict
-    ) -> Comparison:
-        """By the score of the prior at the latents; its parameters learn by the log-density."""
-        nodes = {n: run.guide_trace.nodes[n] for n in names}
-        q = joint(nodes, self.plate)
-        if not hasattr(run.guide_trace, "plate_to_symbol"):
-            run.guide_trace.pack_tensors()
-        with torch.enable_grad():
-            leaves = {n: s["value"].detach().requires_grad_() for n, s in nodes.items()}
-            log_prior = prior_log_prob(
-                story,
-                leaves,
-                call.args,
-                call.kwargs,
-                given=given,
-                guide_trace=run.guide_trace,
-                plate=self.plate,
-                max_plate_nesting=host.max_plate_nesting,
-            )
-            score = torch.autograd.grad(
-                log_prior.sum(), list(leaves.values()), retain_graph=True, materialize_grads=True
-            )
-        scores = {n: {**s, "value": g} for (n, s), g in zip(nodes.items(), score, strict=True)}
-        pairs = zip(*of_the_whole_batch(q, joint(scores, self.plate)), strict=True)
-        assert self.divergence is not None
-        stein: Any = self.divergence
-        value = torch.stack([stein.from_score(q_k, s_k) for q_k, s_k in pairs]).mean()
-        # KL(q || p) by the parameters of p: of - E_q log p alone
-        cross_entropy = -log_prior.mean()
-        return value + (cross_entropy - cross_entropy.detach()), None
 
     def _with_divergence(self, host: Any, loss: Tensor, compared: Comparison | None) -> Tensor:
         if compared is None:
@@ -432,65 +353,12 @@ class TraceInfo_ELBO(Objective):
                     f"without a pathwise gradient of the KL. Enumerate them, or leave it away."
                 )
 
-    def _check_sites(self, structure: PairStructure) -> None:
-        names = self._compared(structure)
-        unknown = [n for n in names if n not in structure.local_latents]
-        if not names or unknown:
-            raise ValueError(
-                f"Expected the divergence on local latents that the guide samples; got sites "
-                f"{unknown or names}. This pair has {list(structure.local_latents)}."
-            )
-        for names_of_kind, kind in (
-            (structure.not_reparameterised, "not reparameterised in the guide"),
-            (structure.masked, "masked"),
-        ):
-            for name in set(names).intersection(names_of_kind):
-                raise ValueError(
-                    f"Expected latents with a value for every datum and a pathwise gradient for "
-                    f"the divergence; got site '{name}', which is {kind}. Name others by sites=."
-                )
-        if structure.num_data < 2 and not batch_is_shared():
-            raise ValueError(
-                f"Expected at least two data in plate '{self.plate}', to compare the aggregate "
-                f"posterior with the prior; got {structure.num_data}. Use a larger batch."
-            )
-        if needs_density(self.divergence):
-            _check_density(names, structure)
-
-
-class _Call(NamedTuple):
-    """A pair and its arguments."""
-
-    model: Program
-    guide: Program
-    args: tuple
-    kwargs: dict
-
 
 class _Prepared:
     """The host for a pair, which may turn out to be another one, and what the pair is made of."""
 
     def __init__(self, host: Any, structure: PairStructure) -> None:
         self.host, self.structure = host, structure
-
-
-def _check_density(names: Sequence[str], structure: PairStructure) -> None:
-    """Refuse latents whose joint prior has no density in the reals that a run can tell."""
-    order = structure.local_latents
-    last = max(order.index(name) for name in names)
-    skipped = [name for name in order[:last] if name not in names]
-    if skipped:
-        raise ValueError(
-            f"Expected all local latents up to '{order[last]}' for a divergence by the prior's "
-            f"density, which is that of all of them; got {list(names)} without {skipped}. Name "
-            f"them in sites=, or use a divergence between samples."
-        )
-    bounded = [name for name in names if name in structure.constrained]
-    if bounded:
-        raise ValueError(
-            f"Expected latents in the reals for a divergence by the prior's density, whose score "
-            f"knows no bounds; got {bounded}. Use a divergence between samples, such as MMD."
-        )
 
 
 def _ends(alpha: Weight, lambda_: Weight) -> list[tuple[str, float, float]]:

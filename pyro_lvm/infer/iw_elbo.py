@@ -1,24 +1,17 @@
 """The importance weighted bound on log p(x), with three estimators of its gradient."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 from pyro import poutine
-from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from pyro.poutine import unwrap
-from pyro.poutine.enum_messenger import EnumMessenger
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.trace_messenger import Trace
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_lvm.checks import check_count
-from pyro_lvm.infer.given import Given
-from pyro_lvm.infer.gradients import Gradients, linear
-from pyro_lvm.infer.objective import Objective
+from pyro_lvm.infer.iw_estimate import Chunk, Estimate
+from pyro_lvm.infer.objective import Call, Objective
+from pyro_lvm.infer.particle_runs import Runs, is_handler
 from pyro_lvm.pair import (
     PairStructure,
     Program,
@@ -28,7 +21,7 @@ from pyro_lvm.pair import (
     no_guide,
     untouched_random_state,
 )
-from pyro_lvm.terms import PARTICLES, Terms, sharing_globals, terms_from_traces
+from pyro_lvm.terms import Terms
 
 __all__ = ["Gradient", "TraceIW_ELBO"]
 
@@ -111,35 +104,25 @@ class TraceIW_ELBO(Objective):
         )
         self.gradient, self.chunk_size = gradient, chunk_size
 
-    def _inspect(
-        self, model: Program, guide: Program | None, args: tuple, kwargs: dict
-    ) -> PairStructure:
-        structure = inspect_pair(model, guide, args, kwargs, plate=self.plate)
+    def _inspect(self, call: Call) -> PairStructure:
+        structure = inspect_pair(*call, plate=self.plate)
         _check_guide(structure)
         if self.gradient != "reparameterized":
-            _check_runs_again(guide or no_guide, args, kwargs, self.gradient)
+            _check_runs_again(call.guide or no_guide, call.args, call.kwargs, self.gradient)
         return structure
 
     def _evaluate(
-        self,
-        model: Program,
-        guide: Program | None,
-        args: tuple,
-        kwargs: dict,
-        *,
-        differentiable: bool,
-        parts: bool,
+        self, call: Call, *, differentiable: bool, parts: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        structure = self._prepared_for(model, guide, args, kwargs)
-        run = self._runs(model, guide or no_guide, args, kwargs, structure)
+        run = self._runs(call, self._prepared_for(call))
         sizes = self._chunks()
-        with device_of(args, kwargs):
+        with device_of(call.args, call.kwargs):
             if not differentiable:
                 with torch.no_grad():
-                    found = _Estimate.of(_Chunk.of(run(size)) for size in sizes)
+                    found = Estimate.of(Chunk.of(run(size)) for size in sizes)
                 loss = found.loss
             elif self.gradient == "reparameterized" and len(sizes) == 1:
-                found = _Estimate.of([_Chunk.of(run(self.num_particles))])
+                found = Estimate.of([Chunk.of(run(self.num_particles))])
                 loss = found.loss
             else:
                 run.draw_globals()
@@ -148,14 +131,14 @@ class TraceIW_ELBO(Objective):
                 loss = found.loss.detach() + surrogate
         return loss, found.parts() if parts else {}
 
-    def _runs(
-        self, model: Program, guide: Program, args: tuple, kwargs: dict, structure: PairStructure
-    ) -> "_Runs":
+    def _runs(self, call: Call, structure: PairStructure) -> Runs:
+        model, guide, args, kwargs = call
+        guide = guide or no_guide
         if structure.subsampled and len(self._chunks()) > 1:
             model, guide = hold_subsamples(model, guide, args, kwargs)
         nesting = self.max_plate_nesting
         nesting = structure.max_plate_nesting if math.isinf(nesting) else int(nesting)
-        return _Runs(model, guide, args, kwargs, self.plate, nesting, structure.global_latents)
+        return Runs(model, guide, args, kwargs, self.plate, nesting, structure.global_latents)
 
     def _chunks(self) -> list[int]:
         """The sizes of the chunks of particles."""
@@ -165,23 +148,23 @@ class TraceIW_ELBO(Objective):
             raise ValueError("chunk_size= keeps memory flat in Python only; compile without it")
         return sizes
 
-    def _at_once(self, run: "_Runs", sizes: list[int]) -> tuple["_Estimate", Tensor]:
+    def _at_once(self, run: Runs, sizes: list[int]) -> tuple[Estimate, Tensor]:
         """The estimate, and zero with the gradient of the loss."""
         (size,) = sizes
         terms = run(size, at_leaves=self._is_at_leaves())
-        found = _Estimate.of([_Chunk.of(terms)])
+        found = Estimate.of([Chunk.of(terms)])
         self._add_gradient(run, terms, found.weights()[0])
         run.add(terms.global_kl.mean())
         return found, run.surrogate(found.loss)
 
-    def _in_chunks(self, run: "_Runs", sizes: list[int]) -> tuple["_Estimate", Tensor]:
+    def _in_chunks(self, run: Runs, sizes: list[int]) -> tuple[Estimate, Tensor]:
         """The same with no more than a chunk in memory: first all weights, then the gradient."""
         at_leaves, states, chunks = self._is_at_leaves(), [], []
         with torch.no_grad():
             for size in sizes:
                 states.append(_random_state(run.device))
-                chunks.append(_Chunk.of(run(size, at_leaves=at_leaves)))
-        found = _Estimate.of(chunks)
+                chunks.append(Chunk.of(run(size, at_leaves=at_leaves)))
+        found = Estimate.of(chunks)
         with untouched_random_state(run.args, run.kwargs):
             for size, state, weights in zip(sizes, states, found.weights(), strict=True):
                 _set_random_state(run.device, state)
@@ -193,7 +176,7 @@ class TraceIW_ELBO(Objective):
     def _is_at_leaves(self) -> bool:
         return self.gradient != "reparameterized"
 
-    def _add_gradient(self, run: "_Runs", terms: Terms, weights: Tensor) -> None:
+    def _add_gradient(self, run: Runs, terms: Terms, weights: Tensor) -> None:
         """Add the gradient of the local part of the loss, of some particles.
 
         Args:
@@ -221,219 +204,6 @@ class TraceIW_ELBO(Objective):
         run.add(path)
 
 
-class _Runs:
-    """Runs of a pair with several particles of its local latents.
-
-    Attributes:
-        live: Local latents of the last run as the guide has drawn them.
-        leaves: The same values, without what they were drawn from; none if the run was not to be at
-            leaves.
-        device: Where random numbers are drawn.
-    """
-
-    def __init__(
-        self,
-        model: Program,
-        guide: Program,
-        args: tuple,
-        kwargs: dict,
-        plate: str,
-        max_plate_nesting: int,
-        global_latents: Sequence[str],
-    ) -> None:
-        self.programs, self.args, self.kwargs = (model, guide), args, kwargs
-        self.plate, self.max_plate_nesting = plate, max_plate_nesting
-        self.global_latents = global_latents
-        self.live: dict[str, Tensor] = {}
-        self.leaves: dict[str, Tensor] = {}
-        self._sites: dict[str, dict] = {}
-        self._globals: dict[str, Tensor] = {}  # as the guide has drawn them
-        self._given: dict[str, Tensor] = {}
-        self._gradients = Gradients()
-        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-        self.device = next((t.device for t in tensors if t.is_cuda), torch.device("cpu"))
-
-    def draw_globals(self) -> None:
-        """Draw the global latents for all runs that follow."""
-        if self.global_latents:
-            with poutine.block():
-                trace = poutine.trace(self.programs[1]).get_trace(*self.args, **self.kwargs)
-            self._globals = {name: trace.nodes[name]["value"] for name in self.global_latents}
-            self._given = {n: v.detach().requires_grad_() for n, v in self._globals.items()}
-
-    def __call__(self, num_particles: int, *, at_leaves: bool = False) -> Terms:
-        """Run the pair once, with so many particles.
-
-        Args:
-            num_particles: How many.
-            at_leaves: Whether the terms are functions of ``leaves``, at which both programs are
-                run, the guide for a second time.
-        """
-        host = _host_class(Trace_ELBO if _is_handler(self.programs[1]) else TraceEnum_ELBO)(
-            plate=self.plate,
-            given=self._given,
-            at_leaves=at_leaves,
-            num_particles=num_particles,
-            max_plate_nesting=self.max_plate_nesting,
-            vectorize_particles=num_particles > 1,
-            strict_enumeration_warning=False,
-        )
-        traces = next(iter(host._get_traces(*self.programs, self.args, self.kwargs)))
-        self.live, self.leaves, self._sites = host.live, host.leaves, traces[1].nodes
-        return terms_from_traces(*traces, plate=self.plate)
-
-    def add(self, value: Tensor, stops: Sequence[Tensor] = ()) -> list[Tensor]:
-        """Add the gradient of a scalar; returns those by ``stops``."""
-        return self._gradients.add(value, stops)
-
-    def surrogate(self, like: Tensor) -> Tensor:
-        """Zero with the sum of all gradients, those by globals taken further to what drew them."""
-        by_globals = [
-            linear(drawn, self._gradients.pop(self._given[name]))
-            for name, drawn in self._globals.items()
-        ]
-        return sum(by_globals, self._gradients.surrogate(like))
-
-    def along(self, name: str, table: Tensor) -> Tensor:
-        """A table ``K x N`` with the dimensions of a site's value."""
-        site = self._sites[name]
-        dims = {f.name: f.dim for f in site["cond_indep_stack"]}
-        shape = [1] * -min(dims.get(PARTICLES, -1), dims[self.plate])
-        shape[dims[self.plate]] = table.shape[1]
-        if PARTICLES in dims:  # left of all other plates
-            shape[dims[PARTICLES]] = table.shape[0]
-        return table.reshape(*shape, *[1] * site["fn"].event_dim)
-
-
-@cache
-def _host_class(base: Any) -> Any:
-    return type(f"Leaf{base.__name__}", (_AtLeaves, sharing_globals(base)), {})
-
-
-class _AtLeaves:
-    """Mixin for objectives of Pyro's whose particles share globals: run at leaves if wanted."""
-
-    plate: str
-    max_plate_nesting: int
-    vectorize_particles: bool
-    _vectorized_num_particles: Callable[[Program], Program]
-
-    def __init__(self, *, given: Mapping[str, Tensor], at_leaves: bool, **settings: Any) -> None:
-        super().__init__(**settings)
-        self.given, self.at_leaves = given, at_leaves
-        self.live: dict[str, Tensor] = {}
-        self.leaves: dict[str, Tensor] = {}
-
-    def _get_traces(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> Any:
-        if not self.at_leaves:
-            yield from super()._get_traces(model, guide, args, kwargs)  # type: ignore[misc]
-            return
-        if self.vectorize_particles:
-            model, guide = map(self._vectorized_num_particles, (model, guide))
-        # a guide without enumerated sites, which can be run more than once
-        enumeration = EnumMessenger(first_available_dim=-1 - self.max_plate_nesting)
-        yield self._get_trace(enumeration(model), guide, args, kwargs)
-
-    def _get_trace(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> Any:
-        values = dict(self.given)
-        if self.at_leaves:
-            drawn = poutine.trace(Given(values)(guide)).get_trace(*args, **kwargs)
-            self._keep(drawn)
-            indices = {n: s["value"] for n, s in drawn.nodes.items() if site_is_subsample(s)}
-            values |= {**indices, **self.leaves}
-        guide = Given(values)(guide) if values else guide
-        return super()._get_trace(model, guide, args, kwargs)  # type: ignore[misc]
-
-    def _keep(self, drawn: Trace) -> None:
-        for name, site in drawn.nodes.items():
-            is_latent = site["type"] == "sample" and not site_is_subsample(site)
-            if is_latent and any(f.name == self.plate for f in site["cond_indep_stack"]):
-                self.live[name] = site["value"]
-        self.leaves = {name: v.detach().requires_grad_() for name, v in self.live.items()}
-
-
-class _Chunk(NamedTuple):
-    """What is kept of a run.
-
-    Attributes:
-        log_weight: ``K x N``.
-        reconstruction: The mean over particles and data.
-        kl: Site -> likewise.
-        global_kl: Of all global latents; the same for all particles.
-        plate_scale: Data in all / data in this run.
-        has_globals: Whether there are sites outside the plate.
-    """
-
-    log_weight: Tensor
-    reconstruction: Tensor
-    kl: dict[str, Tensor]
-    global_kl: Tensor
-    plate_scale: float
-    has_globals: bool
-
-    @classmethod
-    def of(cls, terms: Terms) -> "_Chunk":
-        """The summary of a run."""
-        return cls(
-            log_weight=terms.log_weight,
-            reconstruction=terms.log_likelihood.detach().mean(),
-            kl={name: value.detach().mean() for name, value in terms.kl.items()},
-            global_kl=terms.global_kl.mean(),
-            plate_scale=terms.plate_scale,
-            has_globals=terms.has_globals,
-        )
-
-
-class _Estimate(NamedTuple):
-    """The bound from all particles.
-
-    Attributes:
-        chunks: What is kept of each run.
-        bound: L_K of each datum, ``N``.
-    """
-
-    chunks: list[_Chunk]
-    bound: Tensor
-
-    @classmethod
-    def of(cls, chunks: Iterable[_Chunk]) -> "_Estimate":
-        """The bound from chunks of particles."""
-        chunks = list(chunks)
-        log_weight = torch.cat([chunk.log_weight for chunk in chunks])
-        return cls(chunks, log_weight.logsumexp(0) - math.log(len(log_weight)))
-
-    @property
-    def loss(self) -> Tensor:
-        """The negative bound over all data."""
-        first = self.chunks[0]
-        return first.global_kl - first.plate_scale * self.bound.sum()
-
-    def weights(self) -> list[Tensor]:
-        """The normalised weights v, for each chunk ``K x N``, without a gradient."""
-        log_weights = [chunk.log_weight.detach() for chunk in self.chunks]
-        total = torch.cat(log_weights).logsumexp(0)
-        return [torch.exp(log_weight - total) for log_weight in log_weights]
-
-    @torch.no_grad()
-    def parts(self) -> dict[str, Tensor]:
-        """The parts of the loss, per datum."""
-        first, counts = self.chunks[0], [float(len(chunk.log_weight)) for chunk in self.chunks]
-
-        def mean(values: Iterable[Tensor]) -> Tensor:
-            weighted = [v * (n / sum(counts)) for v, n in zip(values, counts, strict=True)]
-            return torch.stack(weighted).sum()
-
-        size = first.plate_scale * len(self.bound)
-        kl = {name: mean(chunk.kl[name] for chunk in self.chunks) for name in first.kl}
-        reconstruction = mean(chunk.reconstruction for chunk in self.chunks)
-        parts = {"loss": self.loss.detach() / size, "reconstruction": reconstruction}
-        parts |= {f"kl[{name}]": value for name, value in kl.items()}
-        if first.has_globals:
-            parts["kl[global]"] = first.global_kl.detach() / size
-        parts["weighting"] = self.bound.detach().mean() - reconstruction + sum(kl.values())
-        return parts
-
-
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
     """The states of the generators that a run on a device draws from."""
     on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
@@ -444,11 +214,6 @@ def _set_random_state(device: torch.device, state: tuple[Tensor, Tensor | None])
     torch.set_rng_state(state[0])
     if state[1] is not None:
         torch.cuda.set_rng_state(state[1], device)
-
-
-def _is_handler(guide: Program) -> bool:
-    """Whether a guide is a messenger, which makes its own traces."""
-    return isinstance(unwrap(guide), Messenger)
 
 
 def _check_guide(structure: PairStructure) -> None:
@@ -476,7 +241,7 @@ def _check_guide(structure: PairStructure) -> None:
 def _check_runs_again(guide: Program, args: tuple, kwargs: dict, gradient: str) -> None:
     """Refuse a guide whose density at its own draws is another one when it is run again."""
     remedy = "Use gradient='reparameterized', or put the guide into evaluation mode."
-    if _is_handler(guide):
+    if is_handler(guide):
         raise ValueError(
             f"Expected a guide that can be run again at given latents, for gradient={gradient!r}; "
             f"got an effect handler, {type(unwrap(guide)).__name__}. {remedy}"

@@ -3,7 +3,7 @@
 import itertools
 from abc import abstractmethod
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -16,9 +16,18 @@ from torch import Tensor, nn
 from pyro_lvm.infer.schedules import Schedule
 from pyro_lvm.pair import PairStructure, Program, modules_of
 
-__all__ = ["Objective", "kinds"]
+__all__ = ["Call", "Objective"]
 
 _count = itertools.count(1)
+
+
+class Call(NamedTuple):
+    """A pair and its arguments."""
+
+    model: Program
+    guide: Program | None
+    args: tuple
+    kwargs: dict
 
 
 class Objective(ELBO):
@@ -59,7 +68,7 @@ class Objective(ELBO):
         Raises:
             ValueError: What was expected, what came, which site, and the remedy.
         """
-        return self._inspect(model, guide, args, kwargs or {})
+        return self._inspect(Call(model, guide, args, kwargs or {}))
 
     def __call__(self, model: Program, guide: Program) -> ELBOModule:
         """The loss of one pair as a module, which owns what the pair's bound methods belong to."""
@@ -69,7 +78,8 @@ class Objective(ELBO):
         self, model: Program, guide: Program, *args: Any, **kwargs: Any
     ) -> Tensor:
         """An estimate of the loss, in nats over all data, to be minimised by its gradient."""
-        return self._evaluate(model, guide, args, kwargs, differentiable=True, parts=False)[0]
+        call = Call(model, guide, args, kwargs)
+        return self._evaluate(call, differentiable=True, parts=False)[0]
 
     def loss_and_parts(
         self, model: Program, guide: Program, *args: Any, **kwargs: Any
@@ -80,13 +90,14 @@ class Objective(ELBO):
             The loss, a scalar over all data, and the parts, which are per datum, in nats, and have
             no gradient: ``loss`` and what it is made of.
         """
-        differentiable = torch.is_grad_enabled()
-        return self._evaluate(model, guide, args, kwargs, differentiable=differentiable, parts=True)
+        call = Call(model, guide, args, kwargs)
+        return self._evaluate(call, differentiable=torch.is_grad_enabled(), parts=True)
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """An estimate of the loss, in nats over all data, without a gradient."""
+        call = Call(model, guide, args, kwargs)
         with torch.no_grad():
-            loss, _ = self._evaluate(model, guide, args, kwargs, differentiable=False, parts=False)
+            loss, _ = self._evaluate(call, differentiable=False, parts=False)
         return torch_item(loss)
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
@@ -104,33 +115,23 @@ class Objective(ELBO):
         raise NotImplementedError("The traces are drawn by the host.")
 
     @abstractmethod
-    def _inspect(
-        self, model: Program, guide: Program | None, args: tuple, kwargs: dict
-    ) -> PairStructure:
+    def _inspect(self, call: Call) -> PairStructure:
         """What `check_pair` does."""
 
     @abstractmethod
     def _evaluate(
-        self,
-        model: Program,
-        guide: Program | None,
-        args: tuple,
-        kwargs: dict,
-        *,
-        differentiable: bool,
-        parts: bool,
+        self, call: Call, *, differentiable: bool, parts: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss over all data, with a gradient or not, and its parts if they are wanted."""
 
-    def _prepared_for(
-        self, model: Program, guide: Program | None, args: tuple, kwargs: dict
-    ) -> Any:
+    def _prepared_for(self, call: Call) -> Any:
         """What `_prepare` makes of this pair and this kind of arguments, made once for each."""
-        key = (model, guide, kinds(args), tuple(sorted(kwargs)), kinds(kwargs.values()))
+        names = tuple(sorted(call.kwargs))
+        key = (call.model, call.guide, _kinds(call.args), names, _kinds(call.kwargs.values()))
         if key not in self._prepared:
             if len(self._prepared) >= 16:  # programs made afresh for every call must not pile up
                 self._prepared.clear()
-            self._prepared[key] = self._prepare(self.check_pair(model, guide, args, kwargs))
+            self._prepared[key] = self._prepare(self._inspect(call))
         return self._prepared[key]
 
     def _prepare(self, structure: PairStructure) -> Any:
@@ -153,6 +154,6 @@ class _PairLoss(ELBOModule):
         self.owners = nn.ModuleList(owners)
 
 
-def kinds(values: Iterable[Any]) -> tuple:
+def _kinds(values: Iterable[Any]) -> tuple:
     """What decides about the structure of a run: which arguments are there, and their ranks."""
     return tuple((type(v), v.dim() if isinstance(v, Tensor) else None) for v in values)
