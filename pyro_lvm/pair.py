@@ -25,6 +25,7 @@ from torch.distributions import constraints
 __all__ = [
     "PairStructure",
     "Program",
+    "at_rest",
     "data_plate",
     "declared_by",
     "device_of",
@@ -145,6 +146,26 @@ def inspect_pair(
 
 def no_guide(*args: Any, **kwargs: Any) -> None:
     """The guide that samples nothing."""
+
+
+@contextmanager
+def at_rest(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Modules in evaluation mode, so that no statistics change and no dropout is drawn.
+
+    Parameters that are frozen stay so, though Pyro would have them trained once it knows them.
+    """
+    modules = list(modules)
+    frozen = [p for m in modules for p in m.parameters() if not p.requires_grad]
+    modes = [(m, m.training) for module in modules for m in module.modules()]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
+        for p in frozen:
+            p.requires_grad_(False)
 
 
 def modules_of(*programs: Any) -> list[nn.Module]:

@@ -100,9 +100,9 @@ def test_generator_learns_location_and_scale(make):
     owned = list(divergence.parameters())
     groups = [{"params": generator.parameters()}]
     groups += [{"params": owned, "lr": 0.05}] if owned else []
-    optimizer = torch.optim.Adam(groups, lr=0.02, betas=(0.5, 0.9))
+    optimizer = torch.optim.Adam(groups, lr=0.04, betas=(0.5, 0.9))
     model = story(generator)
-    for _ in range(600):
+    for _ in range(300):
         x = 1.0 + 1.5 * torch.randn(256, 1)
         optimizer.zero_grad()
         (elbo.differentiable_loss(model, no_guide, x) / 256).backward()
@@ -243,8 +243,7 @@ def test_divergences_that_are_refused():
         ImplicitDivergence(3.0)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_fit_trains_both_players_and_records_their_balance(compiled):
+def test_fit_trains_both_players_and_records_their_balance():
     x = 1.0 + 1.5 * torch.randn(512, 1)
     generator = Generator(loc=-1.0, scale=0.4)
     elbo = ImplicitDivergence(Adversarial(Features(), learning_rate=0.05))
@@ -255,7 +254,6 @@ def test_fit_trains_both_players_and_records_their_balance(compiled):
         elbo=elbo,
         epochs=60,
         optimizer=lambda p: torch.optim.Adam(p, lr=0.02, betas=(0.5, 0.9)),
-        compile=compiled,
         progress=False,
     )
     assert fit.diagnosis is None

@@ -269,7 +269,9 @@ def check_finite_differences(elbo, problem, which, step=1e-5):
             assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
-@each_suitable
+@pytest.mark.parametrize(
+    "name", ["normal_normal", "global_and_local", "nested_masked", "auxiliary", "mixture_prior"]
+)
 def test_estimators_agree_in_expectation(name):
     """DReG has the mean of the pathwise gradient for any K, STL for K = 1 alone."""
     problem = PROBLEMS[name]()
@@ -278,7 +280,7 @@ def test_estimators_agree_in_expectation(name):
         for kind in ("reparameterized", gradient):
             elbo = TraceIW_ELBO(num_particles=k, gradient=kind)
             draws = []
-            for seed in range(100):
+            for seed in range(80):
                 gradients = value_and_gradient(elbo, problem, seed)[1]
                 draws.append(torch.cat([g.reshape(-1) for g in gradients]))
             draws = torch.stack(draws)

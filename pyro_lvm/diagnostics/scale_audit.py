@@ -1,14 +1,11 @@
 """Which scale the terms of a loss have, and whether it is the right one."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from pyro import poutine
 from pyro.infer import ELBO
-from torch import nn
 
 from pyro_lvm.checks import check_count, check_data
 from pyro_lvm.diagnostics.scale_findings import Finding, Minibatches, find_defects, resolved
@@ -22,6 +19,7 @@ from pyro_lvm.diagnostics.scale_terms import (
 )
 from pyro_lvm.pair import (
     Program,
+    at_rest,
     data_plate,
     device_of,
     inspect_pair,
@@ -178,7 +176,7 @@ def audit_scale(
         raise ValueError(f"Expected called_by to be 'SVI' or 'fit'; got {called_by!r}.")
     if batch_size is not None:
         _check_sliced(data, batch_size)
-    with _at_rest(modules_of(model, guide)):
+    with at_rest(modules_of(model, guide)):
         if batch_size is not None and called_by == "fit":
             model, guide = (plate_size(p, len(data[0]), plate=plate) for p in (model, guide))
         calls = _calls(model, guide, data, kwargs, batch_size, plate)
@@ -282,25 +280,6 @@ def _check_sliced(data: tuple, batch_size: int) -> None:
             f"Expected batch_size below the number of data, {min(sizes)}; got {batch_size}. Leave "
             f"it out if each step is called with all of them."
         )
-
-
-@contextmanager
-def _at_rest(modules: list[nn.Module]) -> Iterator[None]:
-    """Modules in evaluation mode, so that no statistics change and no dropout is drawn.
-
-    Parameters that are frozen stay so, though Pyro would have them trained once it knows them.
-    """
-    frozen = [p for m in modules for p in m.parameters() if not p.requires_grad]
-    modes = [(m, m.training) for module in modules for m in module.modules()]
-    for module in modules:
-        module.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter in frozen:
-            parameter.requires_grad_(False)
 
 
 def _row(term: ScaledTerm, findings: list[Finding]) -> ScaleRow:

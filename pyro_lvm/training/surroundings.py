@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from pyro_lvm.pair import at_rest
 from pyro_lvm.training.schedules import placed_parameters
 
 if TYPE_CHECKING:
@@ -39,21 +40,9 @@ def interrupted(train: Callable[[], None]) -> bool:
 
 @contextmanager
 def evaluating(modules: list[nn.Module]) -> Iterator[torch.device | None]:
-    """Modules in evaluation mode, so that a check changes no statistics; yields where they are.
-
-    Parameters that are frozen stay so, though Pyro would have them trained once it knows them.
-    """
-    frozen = [p for m in modules for p in m.parameters() if not p.requires_grad]
-    modes = [(m, m.training) for module in modules for m in module.modules()]
-    for module in modules:
-        module.eval()
-    try:
+    """Modules in evaluation mode, as `at_rest` has them; yields where they are."""
+    with at_rest(modules):
         yield next((p.device for p in placed_parameters(modules)), None)
-    finally:
-        for m, training in modes:
-            m.training = training
-        for p in frozen:
-            p.requires_grad_(False)
 
 
 @contextmanager
