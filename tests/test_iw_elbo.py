@@ -15,6 +15,7 @@ from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceEnum_ELBO
 from torch import nn
 from torch.distributions import constraints
 
+import pyro_lvm as lvm
 from pyro_lvm import plate_size
 from pyro_lvm.datasets import linear_gaussian
 from pyro_lvm.infer import TraceInfo_ELBO, TraceIW_ELBO
@@ -495,6 +496,15 @@ def test_in_svi_and_as_a_value():
         loss, gradient = value_and_gradient(twin, problem)
         assert loss == expected[0]
         assert_equal_gradients(gradient, expected[1])
+
+
+def test_chunks_are_not_compiled_and_say_why():
+    problem = PROBLEMS["normal_normal"]()
+    elbo = TraceIW_ELBO(num_particles=4, chunk_size=2)
+    module = lvm.compile(elbo, problem.model, problem.guide)
+    with pytest.warns(UserWarning, match=r"chunk_size= keeps memory flat in Python only"):
+        module.initialize(*problem.args)
+    assert torch.isfinite(module(*problem.args))
 
 
 def dropout_pair():
