@@ -269,7 +269,25 @@ def data_plate(traces: Iterable[Trace], plate: str, *, required: bool = True) ->
             f"Expected plate '{plate}' to be vectorised (with pyro.plate(...):); got a sequential "
             f"one (for i in pyro.plate(...))."
         )
+    if found is not None and found.size == -1:
+        found = _with_size(found, sites)
     return found
+
+
+def _with_size(frame: Any, sites: Iterable[dict]) -> Any:
+    """The frame of a plate without a size of its own, ``pyro.plate("data")``, with its sites'."""
+    inside = [s for s in sites if any(f.name == frame.name for f in s["cond_indep_stack"])]
+    shapes = {site["name"]: site["fn"].batch_shape for site in inside}
+    sizes = {n: b[frame.dim] if len(b) >= -frame.dim else 1 for n, b in shapes.items()}
+    size = max(sizes.values())
+    alone = [name for name, own in sizes.items() if own != size]
+    if alone:
+        raise ValueError(
+            f"Expected plate '{frame.name}' to have a size, as sites have to be expanded to it; "
+            f"got none, and {alone} have one value for all data. Write "
+            f"pyro.plate('{frame.name}', len(x))."
+        )
+    return frame._replace(size=size, full_size=size)
 
 
 def hold_subsamples(
@@ -299,6 +317,10 @@ class _PlateSize(Messenger):
         frames = msg["cond_indep_stack"]
         for i, frame in enumerate(frames):
             if frame.name == self.plate and frame.full_size in (None, frame.size):
+                if frame.size == -1:
+                    if msg["type"] != "sample":
+                        continue
+                    frame = _with_size(frame, [msg])
                 full = frame._replace(full_size=self.size)
                 msg["cond_indep_stack"] = (*frames[:i], full, *frames[i + 1 :])
                 msg["scale"] = msg["scale"] * (self.size / frame.size)

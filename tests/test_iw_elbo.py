@@ -558,3 +558,23 @@ def test_what_is_refused(name, match):
     problem = PROBLEMS[name]()
     with pytest.raises(ValueError, match=match):
         TraceIW_ELBO(num_particles=2).loss(problem.model, problem.guide, *problem.args)
+
+
+def test_a_program_that_does_not_broadcast_is_told_of_chunks_of_one():
+    x = torch.randn(NUM_DATA, 2)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            loc = torch.stack([z[:, 0], z[:, 1]], -1)  # of N x 2 alone
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        slope = pyro.param("slope", torch.tensor(0.5))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(slope * x, 1.0).to_event(1))
+
+    with pytest.raises(ValueError) as error:
+        TraceIW_ELBO(num_particles=3).loss(model, guide, x)
+    assert "chunk_size=1" in "".join(error.value.__notes__)
+    assert math.isfinite(TraceIW_ELBO(num_particles=3, chunk_size=1).loss(model, guide, x))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import pyro
+import torch
 from pyro import poutine
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -112,7 +113,30 @@ def trace(function: Callable[..., Any], tensors: Sequence[Tensor], arguments: An
         if not node.users:
             graph.erase_node(node)
     graph.eliminate_dead_code()
+    _check_shapes(graph)
     return _flat(module, len(tensors))
+
+
+def _check_shapes(graph: fx.Graph) -> None:
+    """Refuse operations whose result has a shape that values decide on, as ``x[mask]`` has.
+
+    What Python does with that shape is a constant of the graph, and wrong for other values.
+    """
+    changing: set[fx.Node] = set()  # what depends on inputs
+    for node in graph.nodes:
+        if node.op == "placeholder" or not changing.isdisjoint(node.all_input_nodes):
+            changing.add(node)
+        if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
+            continue
+        asked = node.all_input_nodes
+        if node.target is torch.ops.aten.index.Tensor:  # by numbers, as a rule; by a mask, else
+            indices = (i for i in node.args[1] if isinstance(i, fx.Node))
+            asked = [i for i in indices if i.meta["val"].dtype in (torch.bool, torch.uint8)]
+        if not changing.isdisjoint(asked):
+            raise ValueError(
+                f"the shape of a tensor depends on values ({node.target}, as in x[mask]; "
+                f"torch.where or a product with the mask has a fixed one)"
+            )
 
 
 def _footprint(modules: list[nn.Module], names: list[str]) -> Footprint:

@@ -90,6 +90,13 @@ def check_compared(divergence: Any, names: Sequence[str], structure: PairStructu
                 f"Expected latents with a value for every datum and a pathwise gradient for "
                 f"the divergence; got site '{name}', which is {kind}. Name others by sites=."
             )
+    choices = [n for n in structure.not_reparameterised if n not in structure.guide_enumerated]
+    if choices:
+        raise ValueError(
+            f"Expected a guide whose draws all have a pathwise gradient, for a divergence, whose "
+            f"latents may depend on any of them; got {choices} without one. Enumerate them in the "
+            f"model and leave them out of the guide, or relax them."
+        )
     if structure.num_data < 2 and not batch_is_shared():
         raise ValueError(
             f"Expected at least two data in plate '{structure.plate}', to compare the aggregate "

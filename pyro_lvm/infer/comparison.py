@@ -25,8 +25,8 @@ def joint(sites: Mapping[str, Any], plate: str) -> Tensor:
         if depends_on_enumeration(site):
             raise ValueError(
                 f"Expected one value per datum of the latents that the divergence compares; "
-                f"got site '{name}', which depends on an enumerated one. Name others by sites="
-                f", or sample the enumerated site."
+                f"got site '{name}', which depends on an enumerated one. Name others by sites=, or "
+                f"enumerate that one in the model and let the guide sample '{name}' without it."
             )
     tables = [sample_table(site, plate) for site in sites.values()]
     return torch.cat([t.reshape(*t.shape[:2], -1) for t in tables], -1)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_lvm.infer.comparison import compare, joint, needs_density
 from pyro_lvm.infer.objective import Call, Objective
+from pyro_lvm.infer.prior import learned_choices
 from pyro_lvm.pair import (
     PairStructure,
     Program,
@@ -85,7 +86,7 @@ class ImplicitDivergence(Objective):
         _check_guide(guide, args, kwargs)
         structure = inspect_pair(model, self.guide_of(model), args, kwargs, plate=self.plate)
         self._check_names(structure)
-        with torch.no_grad(), untouched_random_state(args, kwargs), device_of(args, kwargs):
+        with torch.enable_grad(), untouched_random_state(args, kwargs), device_of(args, kwargs):
             drawn = self._draw(call, self._selected(structure)).nodes
         for name in self._selected(structure):
             if not drawn[name]["fn"].has_rsample:
@@ -94,6 +95,13 @@ class ImplicitDivergence(Objective):
                     f"{type(drawn[name]['fn']).__name__}, whose draws have no gradient. Let it be "
                     f"a Delta at what the story computes, or name others by sites=."
                 )
+        choices = [n for n in learned_choices(drawn) if n not in self._selected(structure)]
+        if choices:
+            raise ValueError(
+                f"Expected a story whose draws have a pathwise gradient; got {choices}, whose "
+                f"probabilities are learned and would have none. Fix these, or relax them, by a "
+                f"RelaxedOneHotCategorical for one."
+            )
         return structure
 
     def guide_of(self, model: Program, guide: Program | None = None) -> Program:

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from pyro_lvm.infer import weights
 from pyro_lvm.infer.aggregate import aggregate_divergence, check_compared
-from pyro_lvm.infer.comparison import Comparison
+from pyro_lvm.infer.comparison import Comparison, needs_density
 from pyro_lvm.infer.host import LocalWeight, TraceTerms_ELBO, host_class, recorded
 from pyro_lvm.infer.objective import Call, Objective
+from pyro_lvm.infer.prior import choices_of_prior
 from pyro_lvm.infer.schedules import Schedule
 from pyro_lvm.infer.weights import Weight, Weights, in_force, may_differ_from, times
 from pyro_lvm.pair import PairStructure, data_plate, device_of, inspect_pair, no_guide
@@ -161,7 +162,20 @@ class TraceInfo_ELBO(Objective):
         self._check_names(structure)
         if self.has_divergence:
             check_compared(self.divergence, self._compared(structure), structure)
+            if not needs_density(self.divergence):
+                self._check_prior(structure, call)
         return structure
+
+    def _check_prior(self, structure: PairStructure, call: Call) -> None:
+        """Refuse a prior whose draws do not learn all that it learns."""
+        found = choices_of_prior(call.model, self._compared(structure), call.args, call.kwargs)
+        found = [name for name in found if name not in structure.global_latents]
+        if found:
+            raise ValueError(
+                f"Expected a prior whose draws have a pathwise gradient, for a divergence between "
+                f"samples; got {found}, whose probabilities are learned and would have none. Fix "
+                f"these, or use Stein, which takes the prior's density."
+            )
 
     def _prepare(self, structure: PairStructure) -> "_Prepared":
         base: Any = self.host or host_class(structure)

@@ -70,7 +70,8 @@ class TraceIW_ELBO(Objective):
         gradient: The estimator of the gradient by the guide's parameters.
         chunk_size: So many particles at a time. Memory does not grow with ``K`` then: all chunks
             are run twice, first for the weights and then, with the same random numbers, for the
-            gradient. In Python only: a compiled loss has all particles at once. None for all.
+            gradient. In Python only: a compiled loss has all particles at once. None for all. With
+            1 there is no dimension for particles, which suits programs that can't broadcast.
         plate: Name of the data plate.
         max_plate_nesting: As in ``pyro.infer.ELBO``; found by a run of the pair if infinite.
         retain_graph: As in ``pyro.infer.ELBO``.
@@ -119,6 +120,8 @@ class TraceIW_ELBO(Objective):
         with device_of(call.args, call.kwargs):
             if not differentiable:
                 with torch.no_grad():
+                    if len(sizes) > 1:
+                        run.draw_globals()
                     found = Estimate.of(Chunk.of(run(size)) for size in sizes)
                 loss = found.loss
             elif self.gradient == "reparameterized" and len(sizes) == 1:

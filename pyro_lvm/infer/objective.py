@@ -2,7 +2,6 @@
 
 import itertools
 from abc import abstractmethod
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import pyro
@@ -12,6 +11,7 @@ from pyro.infer.elbo import ELBOModule
 from pyro.infer.util import torch_item
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from pyro_lvm.infer.schedules import Schedule
 from pyro_lvm.pair import PairStructure, Program, modules_of
@@ -126,8 +126,7 @@ class Objective(ELBO):
 
     def _prepared_for(self, call: Call) -> Any:
         """What `_prepare` makes of this pair and this kind of arguments, made once for each."""
-        names = tuple(sorted(call.kwargs))
-        key = (call.model, call.guide, _kinds(call.args), names, _kinds(call.kwargs.values()))
+        key = call.model, call.guide, _kinds(call.args, call.kwargs)
         if key not in self._prepared:
             if len(self._prepared) >= 16:  # programs made afresh for every call must not pile up
                 self._prepared.clear()
@@ -154,6 +153,16 @@ class _PairLoss(ELBOModule):
         self.owners = nn.ModuleList(owners)
 
 
-def _kinds(values: Iterable[Any]) -> tuple:
-    """What decides about the structure of a run: which arguments are there, and their ranks."""
-    return tuple((type(v), v.dim() if isinstance(v, Tensor) else None) for v in values)
+def _kinds(args: tuple, kwargs: dict) -> tuple:
+    """What decides about the structure of a run: which arguments are there, and their ranks.
+
+    Those in lists and dicts count too (a label that is None), and so do flags and words.
+    """
+    leaves, layout = tree_flatten((args, kwargs))
+    return layout, tuple(_kind(leaf) for leaf in leaves)
+
+
+def _kind(leaf: Any) -> tuple:
+    if isinstance(leaf, Tensor):
+        return type(leaf), leaf.dim()
+    return type(leaf), leaf if isinstance(leaf, bool | str) else None

@@ -21,6 +21,11 @@ from pyro_lvm.terms import PARTICLES, Terms, sharing_globals, terms_from_traces
 
 __all__ = ["Runs", "is_handler"]
 
+_CANT_BROADCAST = (
+    "Several particles are run at once, with a dimension of their own left of those of all plates. "
+    "chunk_size=1 runs them one by one, for programs that don't broadcast."
+)
+
 
 class Runs:
     """Runs of a pair with several particles of its local latents.
@@ -79,7 +84,12 @@ class Runs:
             vectorize_particles=num_particles > 1,
             strict_enumeration_warning=False,
         )
-        traces = next(iter(host._get_traces(*self.programs, self.args, self.kwargs)))
+        try:
+            traces = next(iter(host._get_traces(*self.programs, self.args, self.kwargs)))
+        except Exception as error:
+            if num_particles > 1:
+                error.add_note(_CANT_BROADCAST)
+            raise
         self.live, self.leaves, self._sites = host.live, host.leaves, traces[1].nodes
         return terms_from_traces(*traces, plate=self.plate)
 

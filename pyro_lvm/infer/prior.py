@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from pyro import poutine
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
@@ -12,10 +13,10 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_lvm.infer.given import Given
-from pyro_lvm.pair import Program
+from pyro_lvm.pair import Program, device_of, untouched_random_state
 from pyro_lvm.terms import log_prior_from_traces
 
-__all__ = ["prior_log_prob", "sample_prior_sites"]
+__all__ = ["choices_of_prior", "learned_choices", "prior_log_prob", "sample_prior_sites"]
 
 
 def sample_prior_sites(
@@ -50,6 +51,20 @@ def sample_prior_sites(
     with poutine.block(), Given(given):
         draws.run(model, args, kwargs)
     return draws.sites
+
+
+def choices_of_prior(model: Program, sites: Iterable[str], args: tuple, kwargs: dict) -> list[str]:
+    """The `learned_choices` on a model's way to some latent sites."""
+    run = _UntilDrawn(frozenset(sites))
+    with (
+        torch.enable_grad(),
+        untouched_random_state(args, kwargs),
+        device_of(args, kwargs),
+        poutine.block(),
+        poutine.trace() as tracing,
+    ):
+        run.run(model, args, kwargs)
+    return learned_choices(tracing.trace.nodes)
 
 
 def prior_log_prob(
@@ -94,6 +109,23 @@ def prior_log_prob(
     log_prior = log_prior_from_traces(trace, guide_trace, plate=plate)
     first, *others = (log_prior[name] for name in values)
     return sum(others, first)
+
+
+def learned_choices(nodes: Mapping[str, Any]) -> list[str]:
+    """Latent sites of a run that learn by what they choose without a pathwise gradient.
+
+    What is drawn behind them has no gradient by the probabilities of the choice. The run must have
+    had gradients enabled.
+    """
+    return [
+        name
+        for name, site in nodes.items()
+        if site["type"] == "sample"
+        and not site["is_observed"]
+        and not site_is_subsample(site)
+        and not getattr(site["fn"], "has_rsample", False)
+        and site["fn"].log_prob(site["value"]).requires_grad
+    ]
 
 
 class _AllDrawn(Exception):  # noqa: N818 - not an error: it leaves the model early

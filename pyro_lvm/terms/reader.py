@@ -10,6 +10,7 @@ from pyro.poutine.trace_messenger import Trace
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from pyro_lvm.pair import data_plate
 from pyro_lvm.terms.contraction import Factor, expectation, named, names, sum_out, sum_to
 from pyro_lvm.terms.record import Terms
 from pyro_lvm.terms.sites import PARTICLES, depends_on_enumeration, sample_table
@@ -30,7 +31,7 @@ class TraceReader:
         self.guide_sites = _samples(guide_trace)
         self.symbols = {**guide_trace.plate_to_symbol, **model_trace.plate_to_symbol}
         frames = {f.name: f for site in self._all_sites() for f in site["cond_indep_stack"]}
-        data = frames[plate]
+        data = data_plate((model_trace, guide_trace), plate)
         self.num_data = int(data.size)
         self.num_particles = int(frames[PARTICLES].size) if PARTICLES in frames else 1
         self.plate_scale = (data.full_size or data.size) / data.size
