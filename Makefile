@@ -29,7 +29,7 @@ test: $(READY)  ## the tests, some minutes on two cores
 test-slow: $(READY)  ## the tests that take longer than half a minute each
 	$(BIN)/python -m pytest -m slow
 
-bench: $(READY)  ## times beside other libraries, some twenty minutes; open out/benchmarks/cpu.md
+bench: $(READY)  ## times beside other libraries, some forty minutes; open out/benchmarks/cpu.md
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks --out $(OUT)/benchmarks
 

@@ -1,7 +1,8 @@
 """Time this library beside others, and print ratios and times as Markdown.
 
-    python -m benchmarks                                  # everything, some 20 minutes
+    python -m benchmarks                                  # everything, some 35 minutes
     python -m benchmarks steps mixtures --rounds 7
+    python -m benchmarks family objectives --out benchmarks/results  # writes objectives.md
     python -m benchmarks growth --out benchmarks/results  # writes growth.md and growth.png there
     python -m benchmarks cuda --out benchmarks/results    # on a CUDA device; writes cuda.md
 
@@ -19,6 +20,7 @@ import torch
 
 from benchmarks import growth
 from benchmarks.epochs import epochs
+from benchmarks.family import family
 from benchmarks.mixtures import mixtures
 from benchmarks.objectives import objectives
 from benchmarks.peers import PEERS, built, on_cuda
@@ -35,11 +37,17 @@ _PACKAGES = (
     "scikit-learn",
     "pomegranate",
 )
-_REMARKS = """A ratio is the median of those within a round, in which all programs take turns.
+_OF_STEPS = """A ratio is the median of those within a round, in which all programs take turns.
 
 Our steps are kernels and random draws that Python starts one after the other, some microseconds
 each, ten steps in a call too. `numpyro_scan` runs a hundred steps as one loop of machine code: for
 the smallest models that is all the difference."""
+_OF_OBJECTIVES = """A ratio is the median of those within a round, in which all programs take turns.
+
+`handwritten_onednn` is the hand-written loss through our compiler: beside it, what a pair costs
+shows without what faster matrix products gain. In the largest batch, divergences over all pairs of
+draws are compared in Python, in blocks, so that the whole step runs there."""
+_REMARKS = {"objectives": _OF_OBJECTIVES}
 _OF_GROWTH = """Steepest is the largest factor in time over the factor in size between two
 neighbours. Above 1 it is likely that of memory: what a step works on no longer fits into the
 processor's caches.
@@ -67,11 +75,13 @@ def _cuda(rounds: int) -> Iterator[Timed]:
 
 _SECTIONS: dict[str, Callable[[int], Iterator[Timed]]] = {
     "steps": steps,
-    "objectives": lambda rounds: iter([objectives(rounds=rounds)]),
+    "family": family,
+    "objectives": objectives,
     "epochs": lambda rounds: iter([epochs(rounds=rounds)]),
     "mixtures": _mixtures,
     "cuda": _cuda,
 }
+_PAGES = {"family": "objectives", "objectives": "objectives", "cuda": "cuda"}
 _ON_CPU = [*(name for name in _SECTIONS if name != "cuda"), "growth"]
 
 
@@ -102,15 +112,15 @@ def _run(sections: list[str], rounds: int, out: Path | None) -> None:
     """Print results as they come, and write pages of them."""
     head = f"{machine()}\n\n{versions(*_PACKAGES)}"
     print(head, flush=True)
-    found = []
+    pages: dict[str, list[Timed]] = {}
     for section in sections:
         for timed in _SECTIONS[section](rounds) if section in _SECTIONS else ():
-            found.append(timed)
+            pages.setdefault(_PAGES.get(section, "cpu"), []).append(timed)
             print(f"\n{times(timed)}", flush=True)
-    if found:
+    for page, found in pages.items():
         print(f"\n{ratios(found)}", flush=True)
-        parts = ["# Times and ratios", head, "## Ratios", ratios(found), "## Remarks", _REMARKS]
-        _write(out, "cuda" if sections == ["cuda"] else "cpu", [*parts, *map(times, found)])
+        parts = ["# Times and ratios", head, "## Ratios", ratios(found), "## Remarks"]
+        _write(out, page, [*parts, _REMARKS.get(page, _OF_STEPS), *map(times, found)])
     if "growth" in sections:
         grown = list(growth.growth())
         print(f"\n{growth.table(grown)}")

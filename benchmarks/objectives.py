@@ -1,35 +1,61 @@
-"""Time of a compiled step under several objectives."""
+"""Time of a compiled step under several objectives, beside the ELBO's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from benchmarks.problems import own_parameters, vae
+from torch import nn
+
+from benchmarks.problems import VAE, own_parameters, vae
 from benchmarks.report import Timed
 from benchmarks.timing import interleaved
 from pyro_lvm import MMD, CompiledStep, TraceInfo_ELBO
-from pyro_lvm.divergences import RBF
+from pyro_lvm.divergences import IMQ, RBF, Adversarial, SlicedWasserstein, Stein
 
 __all__ = ["objectives"]
 
-OBJECTIVES: dict[str, Callable[[], TraceInfo_ELBO]] = {
-    "ELBO": TraceInfo_ELBO,
-    "InfoVAE, MMD": lambda: _info(MMD()),
-    "InfoVAE, MMD of one kernel": lambda: _info(MMD(RBF([1.0]))),
+ROUNDS = {128: 15, 512: 15, 2048: 7, 8192: 3}
+"""Batch sizes, and how many times of each at most: some divergences are quadratic."""
+
+DIVERGENCES: dict[str, Callable[[], nn.Module]] = {
+    "MMD": MMD,
+    "MMD, IMQ of one width": lambda: MMD(IMQ([1.0])),
+    "MMD, RBF": lambda: MMD(RBF()),
+    "MMD, RBF of one width": lambda: MMD(RBF([1.0])),
+    "MMD, linear": lambda: MMD(estimator="linear"),
+    "MMD, median heuristic": lambda: MMD(median_heuristic=True),
+    "sliced Wasserstein": SlicedWasserstein,
+    "adversarial, JS": lambda: Adversarial(_discriminator()),
+    "adversarial, KL": lambda: Adversarial(_discriminator(), objective="kl"),
+    "Stein": Stein,
 }
 
 
-def objectives(batch_size: int = 512, rounds: int = 15) -> Timed:
+def objectives(rounds: int = 15) -> Iterator[Timed]:
     """Times of a step of the VAE of `benchmarks.problems`.
 
     Args:
-        batch_size: The size of the minibatch.
-        rounds: How many times of each.
+        rounds: How many times of each, at most.
     """
-    steps = {name: _step(make(), batch_size) for name, make in OBJECTIVES.items()}
-    return Timed(f"objectives, batch {batch_size}", interleaved(steps, rounds=rounds), "ELBO")
+    for batch_size, most in ROUNDS.items():
+        steps = {"ELBO": _step(TraceInfo_ELBO(), batch_size)}
+        for name, make in DIVERGENCES.items():
+            steps[name] = _step(_info(make()), batch_size)
+        times = interleaved(steps, rounds=min(rounds, most), warm_up=2)
+        yield Timed(f"objectives, batch {batch_size}", times, "ELBO")
 
 
-def _info(divergence: MMD) -> TraceInfo_ELBO:
+def _discriminator() -> nn.Module:
+    hidden = VAE["hidden"]
+    return nn.Sequential(
+        nn.Linear(VAE["latents"], hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, 1),
+    )
+
+
+def _info(divergence: nn.Module) -> TraceInfo_ELBO:
     return TraceInfo_ELBO(alpha=0.5, lambda_=10.0, divergence=divergence)
 
 

@@ -21,13 +21,16 @@ __all__ = [
     "MIXTURE",
     "PROBLEMS",
     "REGRESSION",
+    "SEMI_SUPERVISED",
     "VAE",
     "Networks",
     "Problem",
+    "SemiSupervised",
     "factor_analysis",
     "mixture",
     "own_parameters",
     "regression",
+    "semi_supervised_vae",
     "vae",
 ]
 
@@ -36,6 +39,7 @@ VAE = {"features": 784, "hidden": 400, "latents": 20}
 FACTORS = {"data": 1000, "batch": 100, "features": 8, "latents": 3}
 MIXTURE = {"data": 1000, "batch": 100, "features": 8, "components": 6}
 REGRESSION = {"data": 100, "features": 3}
+SEMI_SUPERVISED = {"features": 784, "hidden": 400, "latents": 50, "classes": 10}
 
 
 def own_parameters(step: Callable[[], Any]) -> Callable[[], Any]:
@@ -58,12 +62,13 @@ def own_parameters(step: Callable[[], Any]) -> Callable[[], Any]:
 
 @dataclass(frozen=True)
 class Problem:
-    """A pair, its arguments, and the objective that a user of Pyro would take."""
+    """A pair, its arguments, the objective that a user of Pyro would take, and what it learns."""
 
     model: Callable[..., Any]
     guide: Callable[..., Any]
     args: tuple[Tensor, ...]
     elbo: ELBO
+    networks: nn.Module | None = None
 
 
 class Networks(nn.Module):
@@ -82,6 +87,36 @@ class Networks(nn.Module):
         """Mean and log-variance of q(z | x)."""
         h = self.hidden(x)
         return self.loc(h), self.log_variance(h)
+
+
+class SemiSupervised(nn.Module):
+    """The three networks of Kingma et al. (2014), M2: q(y | x), q(z | x, y) and p(x | y, z)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        features, hidden, latents, classes = SEMI_SUPERVISED.values()
+        self.classifier = nn.Sequential(
+            nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, classes)
+        )
+        self.encoder = nn.Sequential(
+            nn.Linear(features + classes, hidden), nn.ReLU(), nn.Linear(hidden, 2 * latents)
+        )
+        self.decoder = nn.Sequential(
+            nn.Linear(latents + classes, hidden), nn.ReLU(), nn.Linear(hidden, features)
+        )
+
+    def encode(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of q(z | x, y), for y one-hot."""
+        return self.encoder(_side_by_side(x, y)).chunk(2, -1)
+
+    def decode(self, z: Tensor, y: Tensor) -> Tensor:
+        """Logits of p(x | y, z)."""
+        return self.decoder(_side_by_side(z, y))
+
+
+def _side_by_side(x: Tensor, y: Tensor) -> Tensor:
+    shape = torch.broadcast_shapes(x.shape[:-1], y.shape[:-1])
+    return torch.cat([x.expand(*shape, -1), y.expand(*shape, -1)], -1)
 
 
 def vae(batch_size: int = 128, device: str = "cpu", *, latents: int = VAE["latents"]) -> Problem:
@@ -104,7 +139,33 @@ def vae(batch_size: int = 128, device: str = "cpu", *, latents: int = VAE["laten
             pyro.sample("z", dist.Normal(loc, (0.5 * log_variance).exp()).to_event(1))
 
     x = (torch.rand(batch_size, VAE["features"]) < 0.3).float().to(device)
-    return Problem(model, guide, (x,), Trace_ELBO(max_plate_nesting=1))
+    return Problem(model, guide, (x,), Trace_ELBO(max_plate_nesting=1), networks)
+
+
+def semi_supervised_vae(batch_size: int = 100, device: str = "cpu") -> Problem:
+    """M2 on random bits without labels: the label is enumerated in the guide."""
+    networks = SemiSupervised().to(device)
+    latents, classes = SEMI_SUPERVISED["latents"], SEMI_SUPERVISED["classes"]
+
+    def model(x: Tensor) -> None:
+        pyro.module("decoder", networks.decoder)
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.OneHotCategorical(logits=x.new_zeros(classes)))
+            z = pyro.sample("z", dist.Normal(x.new_zeros(latents), 1.0).to_event(1))
+            logits = networks.decode(z, y)
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        pyro.module("classifier", networks.classifier)
+        pyro.module("encoder", networks.encoder)
+        with pyro.plate("data", len(x)):
+            q_y = dist.OneHotCategorical(logits=networks.classifier(x))
+            y = pyro.sample("y", q_y, infer={"enumerate": "parallel"})
+            loc, log_variance = networks.encode(x, y)
+            pyro.sample("z", dist.Normal(loc, (0.5 * log_variance).exp()).to_event(1))
+
+    x = (torch.rand(batch_size, SEMI_SUPERVISED["features"]) < 0.3).float().to(device)
+    return Problem(model, guide, (x,), TraceEnum_ELBO(max_plate_nesting=1), networks)
 
 
 def factor_analysis(device: str = "cpu") -> Problem:

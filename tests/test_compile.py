@@ -519,3 +519,21 @@ def test_the_objective_s_numbers_are_looked_at_in_every_call(float64):
 def test_bad_settings_are_refused(call, error, match):
     with pytest.raises(error, match=match):
         call()
+
+
+@pytest.mark.parametrize("divergence", [lvm.MMD, lvm.Stein])
+def test_many_pairs_of_draws_are_compared_in_python(monkeypatch, divergence):
+    """In blocks, of which a compiler could hold all at a time: gigabytes for some thousand rows."""
+    from pyro_lvm.divergences import kernel_mean
+
+    monkeypatch.setattr(kernel_mean, "LARGEST_GRAM", 100)
+    pair, x = vae(), torch.randn(16, 12)
+    elbo = lvm.TraceInfo_ELBO(lambda_=2.0, divergence=divergence())
+    module = lvm.compile(elbo, pair.model, pair.guide, backend=as_recorded)
+    with pytest.warns(UserWarning, match="256 pairs of draws are compared in blocks"):
+        module.initialize(x)
+    results = []
+    for loss in (module, lambda x: elbo.differentiable_loss(pair.model, pair.guide, x)):
+        pyro.set_rng_seed(1)
+        results.append(loss(x))
+    assert results[0] == results[1]

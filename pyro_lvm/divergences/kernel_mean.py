@@ -17,6 +17,7 @@ __all__ = [
     "LARGEST_GRAM",
     "OTHER_BLOCK_ROWS",
     "add_in_place",
+    "check_not_recorded",
     "kernel_mean",
     "split_rows",
 ]
@@ -53,6 +54,21 @@ def kernel_mean(kernel: Kernel, x: Tensor, y: Tensor, *, distinct: bool = False)
     return total(kernel, x, y, distinct) / (len(x) * (len(y) - int(distinct)))
 
 
+def check_not_recorded(num_pairs: int) -> None:
+    """Refuse to be compiled with more pairs than a Gram matrix that is held whole.
+
+    A compiler has the operations of all blocks in one graph, and may hold all of them at a time.
+
+    Raises:
+        ValueError: If there are, and a recording is being made.
+    """
+    if num_pairs > LARGEST_GRAM and torch._C._get_tracing_state():
+        raise ValueError(
+            f"{num_pairs:,} pairs of draws are compared in blocks, one at a time, which a compiler "
+            f"would not do; smaller batches, or a divergence with a linear cost, are compiled"
+        )
+
+
 def split_rows(x: Tensor) -> tuple[Tensor, ...]:
     """The rows of the blocks that `x` has a side of."""
     return x.split(BLOCK_ROWS.get(x.device.type, OTHER_BLOCK_ROWS))
@@ -69,6 +85,7 @@ def _sum(kernel: Kernel, x: Tensor, y: Tensor, distinct: bool) -> Tensor:
 
 def _by_blocks(kernel: Kernel, x: Tensor, y: Tensor, distinct: bool) -> Tensor:
     """The sum block by block: a constant, and terms that are 0 and have its gradient."""
+    check_not_recorded(len(x) * len(y))
     learned = _learned(kernel)
     blocks = list(_blocks(*centred(x, y), distinct))
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, y, *learned.values()))):

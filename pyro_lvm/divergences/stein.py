@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyro_lvm.divergences.kernel_mean import add_in_place, split_rows
+from pyro_lvm.divergences.kernel_mean import add_in_place, check_not_recorded, split_rows
 from pyro_lvm.divergences.kernels import IMQ, Kernel, centred, check_kernel, distances_of_centred
 from pyro_lvm.divergences.samples import check_samples, full_precision, in_one_type
 
@@ -155,6 +155,7 @@ def _direction_and_discrepancy(kernel: Kernel, z: Tensor, score: Tensor) -> tupl
 
     Exchanging i and j turns ``s_i . grad_j k`` into ``s_j . grad_i k``: the sums of both are equal.
     """
+    check_not_recorded(len(z) ** 2)
     z, _ = centred(z, z)
     n, rows, scores = len(z), split_rows(z), split_rows(score)
     totals = _Sums(torch.zeros_like(z), torch.zeros_like(z), z.new_zeros(n))
