@@ -574,7 +574,7 @@ def test_a_program_that_does_not_broadcast_is_told_of_chunks_of_one():
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(slope * x, 1.0).to_event(1))
 
-    with pytest.raises(ValueError, match="Shape mismatch|invalid|broadcast|match") as error:
+    with pytest.raises(ValueError, match=r"Shape mismatch|invalid|broadcast|match") as error:
         TraceIW_ELBO(num_particles=3).loss(model, guide, x)
     assert "chunk_size=1" in "".join(error.value.__notes__)
     assert math.isfinite(TraceIW_ELBO(num_particles=3, chunk_size=1).loss(model, guide, x))
