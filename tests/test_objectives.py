@@ -1,6 +1,7 @@
 """One table of objectives, and what all of them keep: gradients, compilation, names of parts."""
 
 import copy
+import shutil
 
 import pyro
 import pytest
@@ -195,3 +196,21 @@ def test_autoguides(objective):
     loss = elbo.differentiable_loss(model, guide, *args)
     gradient = torch.autograd.grad(loss, list(guide.parameters()))
     assert all(g.isfinite().all() and g.abs().max() > 0 for g in gradient)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@each_objective
+def test_objective_through_the_compiler(objective):
+    """By Inductor, with two threads, whose code differs from that of one."""
+    model, guide, args, elbo = pair_and_objective("normal_normal", objective)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        module = lvm.compile(elbo, model, guide).initialize(*args)
+        assert module.fallback_reason is None
+        step = lvm.CompiledStep(elbo, model, guide)
+        assert step(*args).isfinite().all()
+        assert step.fallback_reason is None
+    finally:
+        torch.set_num_threads(threads)
