@@ -1,7 +1,6 @@
 """Fit a pair to data: one call, on Lightning."""
 
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +20,7 @@ from pyro_lvm.pair import Program, modules_of
 from pyro_lvm.training.batches import Batches
 from pyro_lvm.training.checkpoint import newest
 from pyro_lvm.training.choice import Compile, takes_compiled_steps
+from pyro_lvm.training.ending import settled, warn_at_end, warn_of_each
 from pyro_lvm.training.groups import Groups
 from pyro_lvm.training.loaders import Loaded
 from pyro_lvm.training.preflight import (
@@ -32,7 +32,6 @@ from pyro_lvm.training.preflight import (
     check_same_run,
     check_settings,
 )
-from pyro_lvm.training.processes import Processes
 from pyro_lvm.training.result import Fit, Stopped
 from pyro_lvm.training.schedules import (
     advance,
@@ -221,7 +220,7 @@ def fit(
     foretold = last_positions(
         module.schedules, epochs=epochs, batches=batches.num_batches, settings=settings
     )
-    _warn_of_each(too_short(module.schedules, foretold, over=False).values())
+    warn_of_each(too_short(module.schedules, foretold, over=False).values())
     with moved(module, target):
         advance(module.schedules, step=0, epoch=0)
         if directory is not None:
@@ -241,14 +240,8 @@ def fit(
             settings=settings,
             checkpoint=checkpoint,
         )
-    if stopped == "interrupted":
-        module.processes = Processes()  # the others are gone
-    if not best.restore(module, example) and stopped != "interrupted":
-        stopped = "loss not finite"
-    if module.diagnosis is not None and module.processes.rank == 0:
-        _warn_of(module.diagnosis, best.epoch)
-    elif module.processes.rank == 0:
-        _warn_of_each(_left_early(module, foretold))
+    stopped = settled(module, best, example, stopped)
+    warn_at_end(module, best.epoch, foretold)
     return Fit(
         history=module.history,
         best_epoch=best.epoch,
@@ -388,23 +381,6 @@ def _last_checkpoint(directory: Path, run: dict[str, Any], epochs: int) -> Path 
     path, state = found
     check_same_run(path, state, run, epochs)
     return path
-
-
-def _warn_of(diagnosis: str, epoch: int | None) -> None:
-    kept = "from before training" if epoch is None else f"of epoch {epoch}"
-    warnings.warn(f"{diagnosis} The pair has the parameters {kept}.", stacklevel=3)
-
-
-def _left_early(module: "PairModule", foretold: Mapping[str, int]) -> list[str]:
-    """What to say of schedules that a run has left early, unless that has been said before it."""
-    positions = {name: schedule.position for name, schedule in module.schedules.items()}
-    texts = too_short(module.schedules, positions, over=True)
-    return [text for name, text in texts.items() if positions[name] != foretold[name]]
-
-
-def _warn_of_each(texts: Iterable[str]) -> None:
-    for text in texts:
-        warnings.warn(text, stacklevel=3)
 
 
 def _minibatches(
