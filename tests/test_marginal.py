@@ -14,7 +14,7 @@ from sklearn.mixture import GaussianMixture as SklearnMixture
 
 from pyro_lvm.datasets import linear_gaussian
 from pyro_lvm.marginal import exact, importance_sampling, widened
-from pyro_lvm.marginal.importance import StreamingWeights
+from pyro_lvm.marginal.weights import StreamingWeights
 from pyro_lvm.models import GaussianMixture
 from pyro_lvm.terms import compute_terms
 

@@ -14,9 +14,8 @@ from pyro.poutine.trace_messenger import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_lvm.infer.given import Given
 from pyro_lvm.infer.gradients import Gradients, linear
-from pyro_lvm.pair import Program
+from pyro_lvm.pair import Given, Program
 from pyro_lvm.terms import PARTICLES, Terms, sharing_globals, terms_from_traces
 
 __all__ = ["Runs", "is_handler"]

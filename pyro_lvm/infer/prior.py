@@ -12,11 +12,16 @@ from pyro.poutine.trace_messenger import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_lvm.infer.given import Given
-from pyro_lvm.pair import Program, device_of, untouched_random_state
+from pyro_lvm.pair import Given, Program, device_of, untouched_random_state
 from pyro_lvm.terms import log_prior_from_traces
 
-__all__ = ["choices_of_prior", "learned_choices", "prior_log_prob", "sample_prior_sites"]
+__all__ = [
+    "choices_of_prior",
+    "learned_choices",
+    "prior_guide",
+    "prior_log_prob",
+    "sample_prior_sites",
+]
 
 
 def sample_prior_sites(
@@ -51,6 +56,38 @@ def sample_prior_sites(
     with poutine.block(), Given(given):
         draws.run(model, args, kwargs)
     return draws.sites
+
+
+def prior_guide(model: Program, sites: Iterable[str]) -> Program:
+    """A guide that draws latents as the model does before it sees any data.
+
+        q(z) = p(z),    so that p(x, z) / q(z) = p(x | z)
+
+    It runs the model as far as the last of the sites, and takes the model's arguments. Sites that
+    the model would enumerate are drawn; latents that are not among ``sites`` are drawn as well, and
+    are no part of the guide.
+
+    Args:
+        model: The model.
+        sites: Names of latent sites.
+
+    Returns:
+        The guide.
+    """
+    wanted = frozenset(sites)
+
+    def hidden(msg: Any) -> bool:
+        return msg["type"] == "sample" and msg["name"] not in wanted and not site_is_subsample(msg)
+
+    def guide(*args: Any, **kwargs: Any) -> None:
+        with poutine.block(hide_fn=hidden), poutine.infer_config(config_fn=_drawn):
+            _UntilDrawn(wanted).run(model, args, kwargs)
+
+    return guide
+
+
+def _drawn(site: dict) -> dict:
+    return {**site["infer"], "enumerate": None}
 
 
 def choices_of_prior(model: Program, sites: Iterable[str], args: tuple, kwargs: dict) -> list[str]:

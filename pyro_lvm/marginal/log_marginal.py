@@ -1,7 +1,8 @@
 """The record that every estimator of log p(x) returns."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from pyro_lvm.terms import Terms
 
 __all__ = ["BaseMeasure", "LogMarginal", "Observations"]
+
+_FEW = 10
 
 BaseMeasure = Literal["continuous", "discrete", "mixed"]
 
@@ -43,6 +46,11 @@ class Observations:
             measure = "discrete" if kinds.pop() else "continuous"
         return cls(checksum, size, measure)
 
+    @classmethod
+    def joined(cls, parts: Sequence["Observations"]) -> "Observations":
+        """The observations of several minibatches, in their order."""
+        return replace(parts[0], checksum=torch.cat([part.checksum for part in parts]))
+
     def same_data(self, other: "Observations") -> bool:
         """Whether both are about the same data, up to single precision."""
         return (
@@ -67,6 +75,8 @@ class LogMarginal:
         method: How it was computed.
         num_samples: ``K``; 0 for an exact value.
         observations: What the score is about.
+        advice: What to do where the estimate is not to be trusted, a sentence.
+        assumption: What the number rests on beside the model, if it does; printed with it.
     """
 
     log_prob: Tensor
@@ -76,6 +86,18 @@ class LogMarginal:
     method: str
     num_samples: int
     observations: Observations
+    advice: str = "Take more samples."
+    assumption: str | None = None
+
+    @classmethod
+    def joined(cls, parts: Sequence["LogMarginal"]) -> "LogMarginal":
+        """One estimate of those of several minibatches, in their order."""
+        first, tables = parts[0], ("log_prob", "std_error", "ess", "pareto_k")
+        return replace(
+            first,
+            **{name: torch.cat([getattr(part, name) for part in parts]) for name in tables},
+            observations=Observations.joined([part.observations for part in parts]),
+        )
 
     @property
     def mean(self) -> float:
@@ -105,11 +127,12 @@ class LogMarginal:
     def __str__(self) -> str:
         data = f"over {len(self.log_prob)} data"
         value = f"log p(x) = {self.mean:.3f} +- {self.mean_std_error:.3f} nats per datum {data}"
+        given = "" if self.assumption is None else f"\n  assuming {self.assumption}"
         if self.num_samples == 0:
-            return f"{value} ({self.method})"
+            return f"{value} ({self.method}){given}"
         lines = [
             f"{value} ({self.method}, {self.num_samples} samples; sampling error "
-            f"{self.sampling_std_error:.3f})",
+            f"{self.sampling_std_error:.3f}){given}",
             f"  ESS median {self.ess.median():.0f}, least {self.ess.min():.1f}; "
             f"Pareto k > 0.7 at {self.num_unreliable} of {len(self.log_prob)} data",
         ]
@@ -122,15 +145,14 @@ class LogMarginal:
         found = []
         if self.num_unreliable:
             found.append(
-                f"Pareto k above 0.7 at {self.num_unreliable} of {len(self.log_prob)} data: the "
-                f"guide misses mass of the posterior there, so that log p(x) is likely too low and "
-                f"its error bar too short. Take more samples, widen the guide (marginal.widened), "
-                f"or fit a better one."
+                f"Pareto k above 0.7 at {self.num_unreliable} of {len(self.log_prob)} data: rare "
+                f"samples carry most of the weight there, so that log p(x) is likely too low and "
+                f"its error bar too short. {self.advice}"
             )
-        few = int((self.ess < 10).sum())
+        few = int((self.ess < _FEW).sum())
         if few and self.num_samples > 1:
             found.append(
-                f"fewer than 10 effective samples at {few} of {len(self.log_prob)} data. Take more "
-                f"samples."
+                f"fewer than {_FEW} effective samples at {few} of {len(self.log_prob)} data. "
+                f"{self.advice}"
             )
         return found

@@ -5,6 +5,7 @@ A pair is any two callables with the same arguments: functions with ``pyro.param
 (``None``) stands for one that samples nothing.
 """
 
+from pyro_lvm.pair.given import Given
 from pyro_lvm.pair.parameters import declared_by, modules_of, parameters_of
 from pyro_lvm.pair.plates import data_plate, hold_subsamples, plate_size
 from pyro_lvm.pair.programs import (
@@ -17,6 +18,7 @@ from pyro_lvm.pair.programs import (
 from pyro_lvm.pair.structure import PairStructure, inspect_pair
 
 __all__ = [
+    "Given",
     "PairStructure",
     "Program",
     "at_rest",

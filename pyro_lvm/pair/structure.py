@@ -26,6 +26,7 @@ class PairStructure:
         plate: Name of the data plate; None if the pair has none.
         num_data: ``N``, the data of one call (the size of the minibatch).
         observed: Observed sites inside the plate, in the model's order.
+        values_per_datum: How many numbers they have for each datum.
         local_latents: Latent sites inside the plate that the guide samples.
         global_latents: Latent sites outside the plate that the guide samples.
         auxiliary: Sites of the guide alone, marked ``infer={"is_auxiliary": True}``.
@@ -43,6 +44,7 @@ class PairStructure:
     plate: str | None
     num_data: int
     observed: tuple[str, ...]
+    values_per_datum: int
     local_latents: tuple[str, ...]
     global_latents: tuple[str, ...]
     auxiliary: tuple[str, ...]
@@ -96,10 +98,13 @@ def inspect_pair(
 
     model_sites, guide_sites = sample_sites(model_trace), sample_sites(guide_trace)
     latents = [n for n, s in model_sites.items() if not s["is_observed"] and n in guide_sites]
+    observed = {n: s for n, s in model_sites.items() if s["is_observed"] and is_local(s)}
+    num_data = 0 if frame is None else int(frame.size)
     return PairStructure(
         plate=None if frame is None else plate,
-        num_data=0 if frame is None else int(frame.size),
-        observed=tuple(n for n, s in model_sites.items() if s["is_observed"] and is_local(s)),
+        num_data=num_data,
+        observed=tuple(observed),
+        values_per_datum=sum(s["value"].numel() for s in observed.values()) // max(1, num_data),
         local_latents=tuple(n for n in latents if is_local(model_sites[n])),
         global_latents=tuple(n for n in latents if not is_local(model_sites[n])),
         auxiliary=tuple(n for n in guide_sites if n not in model_sites),

@@ -17,6 +17,7 @@ The plate's scale (data in all / data in the minibatch) stays beside the terms. 
 ``poutine.scale`` on a site is part of the term, and so is the scale of a plate inside the data's.
 """
 
+from pyro_lvm.terms.at_values import terms_at
 from pyro_lvm.terms.compute import compute_terms, log_prior_from_traces, terms_from_traces
 from pyro_lvm.terms.particles import sharing_globals
 from pyro_lvm.terms.record import Terms
@@ -30,5 +31,6 @@ __all__ = [
     "log_prior_from_traces",
     "sample_table",
     "sharing_globals",
+    "terms_at",
     "terms_from_traces",
 ]

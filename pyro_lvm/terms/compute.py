@@ -1,5 +1,6 @@
 """Run a pair, or take traces that an objective has drawn, and return the terms."""
 
+from collections.abc import Callable
 from typing import Any
 
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
@@ -13,7 +14,9 @@ from pyro_lvm.terms.particles import sharing_globals
 from pyro_lvm.terms.reader import TraceReader
 from pyro_lvm.terms.record import Terms
 
-__all__ = ["compute_terms", "log_prior_from_traces", "terms_from_traces"]
+__all__ = ["compute_terms", "log_prior_from_traces", "run_once", "terms_from_traces"]
+
+Variant = tuple[Callable[[Any], Any] | None, dict[str, Any]]
 
 
 def compute_terms(
@@ -52,12 +55,46 @@ def compute_terms(
     guide = no_guide if guide is None else guide
     if max_plate_nesting is None:
         max_plate_nesting = inspect_pair(model, guide, args, kwargs, plate=plate).max_plate_nesting
+    variant: Variant = (sharing_globals, {"plate": plate}) if shared_globals else (None, {})
+    return run_once(
+        model,
+        guide,
+        args,
+        kwargs,
+        num_particles=num_particles,
+        plate=plate,
+        max_plate_nesting=max_plate_nesting,
+        variant=variant,
+    )
+
+
+def run_once(
+    model: Program,
+    guide: Program,
+    args: tuple,
+    kwargs: dict,
+    *,
+    num_particles: int,
+    plate: str,
+    max_plate_nesting: int,
+    variant: Variant = (None, {}),
+) -> Terms:
+    """Run a pair by one of Pyro's objectives, or by a variant of it, and return its terms.
+
+    Args:
+        model: The model.
+        guide: The guide.
+        args: Positional arguments of both.
+        kwargs: Keyword arguments of both.
+        num_particles: ``K``.
+        plate: Name of the data plate.
+        max_plate_nesting: Dimensions that the plates use.
+        variant: What makes a subclass of the objective, and that subclass's own settings.
+    """
+    make, settings = variant
     # a guide that is a messenger makes its own traces, which Pyro's enumeration can't wrap
     host_class = Trace_ELBO if isinstance(unwrap(guide), Messenger) else TraceEnum_ELBO
-    settings: dict[str, Any] = {}
-    if shared_globals:
-        host_class, settings = sharing_globals(host_class), {"plate": plate}
-    host = host_class(
+    host = (make(host_class) if make else host_class)(
         num_particles=num_particles,
         max_plate_nesting=max_plate_nesting,
         vectorize_particles=num_particles > 1,

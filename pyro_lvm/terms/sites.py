@@ -1,8 +1,10 @@
 """Values of single sites, their dimensions in the order of the terms."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-__all__ = ["PARTICLES", "depends_on_enumeration", "sample_table"]
+__all__ = ["PARTICLES", "depends_on_enumeration", "sample_table", "site_value"]
 
 PARTICLES = "num_particles_vectorized"  # Pyro's name for the plate over particles
 
@@ -24,6 +26,23 @@ def sample_table(site: dict, plate: str) -> Tensor:
     order = [d - event_dim for d in (*dims, *unused)] + list(range(-event_dim, 0))
     table = value.permute(order).reshape([value.shape[d - event_dim] for d in dims] + [*event])
     return table if PARTICLES in frames else table.unsqueeze(0)
+
+
+def site_value(table: Tensor, dims: Sequence[int], event_dim: int) -> Tensor:
+    """A table as the value of a site, the inverse of `sample_table`.
+
+    Args:
+        table: The value, with one dimension for each of ``dims`` and then those of the event.
+        dims: The dimension, from the right and without the event's, that each of these is to be.
+        event_dim: How many dimensions the event has.
+    """
+    batch, event = table.shape[: len(dims)], table.shape[len(dims) :]
+    order = sorted(range(len(dims)), key=lambda i: dims[i])
+    shape = [1] * -min(dims, default=0)
+    for size, dim in zip(batch, dims, strict=True):
+        shape[dim] = size
+    events = range(len(dims), len(dims) + event_dim)
+    return table.permute([*order, *events]).reshape([*shape, *event])
 
 
 def depends_on_enumeration(site: dict) -> bool:
