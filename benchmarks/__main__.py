@@ -3,6 +3,7 @@
     python -m benchmarks                                  # everything, some 35 minutes
     python -m benchmarks steps mixtures --rounds 7
     python -m benchmarks family objectives --out benchmarks/results  # writes objectives.md
+    python -m benchmarks marginal --out benchmarks/results  # writes marginal.md
     python -m benchmarks growth --out benchmarks/results  # writes growth.md and growth.png there
     python -m benchmarks cuda --out benchmarks/results    # on a CUDA device; writes cuda.md
 
@@ -21,6 +22,7 @@ import torch
 from benchmarks import growth
 from benchmarks.epochs import epochs
 from benchmarks.family import family
+from benchmarks.marginal import marginal
 from benchmarks.mixtures import mixtures
 from benchmarks.objectives import objectives
 from benchmarks.peers import PEERS, built, on_cuda
@@ -47,7 +49,11 @@ _OF_OBJECTIVES = """A ratio is the median of those within a round, in which all 
 `handwritten_onednn` is the hand-written loss through our compiler: beside it, what a pair costs
 shows without what faster matrix products gain. In the largest batch, divergences over all pairs of
 draws are compared in Python, in blocks, so that the whole step runs there."""
-_REMARKS = {"objectives": _OF_OBJECTIVES}
+_OF_MARGINAL = """A ratio is the median of those within a round, in which all programs take turns.
+
+`bare_loop` draws z, decodes and sums the likelihood, and is no estimate yet; it and pythae's
+`get_nll` run in several sizes of their chunks, and the fastest of these is the one to be beside."""
+_REMARKS = {"objectives": _OF_OBJECTIVES, "marginal": _OF_MARGINAL}
 _OF_GROWTH = """Steepest is the largest factor in time over the factor in size between two
 neighbours. Above 1 it is likely that of memory: what a step works on no longer fits into the
 processor's caches.
@@ -79,9 +85,15 @@ _SECTIONS: dict[str, Callable[[int], Iterator[Timed]]] = {
     "objectives": objectives,
     "epochs": lambda rounds: iter([epochs(rounds=rounds)]),
     "mixtures": _mixtures,
+    "marginal": marginal,
     "cuda": _cuda,
 }
-_PAGES = {"family": "objectives", "objectives": "objectives", "cuda": "cuda"}
+_PAGES = {
+    "family": "objectives",
+    "objectives": "objectives",
+    "marginal": "marginal",
+    "cuda": "cuda",
+}
 _ON_CPU = [*(name for name in _SECTIONS if name != "cuda"), "growth"]
 
 

@@ -29,7 +29,7 @@ from pyro_lvm.infer import (
 from pyro_lvm.inference_data import compare, to_arviz
 from pyro_lvm.marginal import LogMarginal
 from pyro_lvm.models import VAE, GaussianMixture
-from pyro_lvm.pair import plate_size
+from pyro_lvm.pair import masked, plate_size
 from pyro_lvm.storage import load, save
 from pyro_lvm.terms import Terms, compute_terms
 from pyro_lvm.training import Fit, fit
@@ -65,6 +65,7 @@ __all__ = [
     "infer",
     "load",
     "marginal",
+    "masked",
     "models",
     "nn",
     "plate_size",

@@ -5,7 +5,14 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["check_count", "check_data", "check_finite", "check_positive", "check_weight"]
+__all__ = [
+    "check_boolean",
+    "check_count",
+    "check_data",
+    "check_finite",
+    "check_positive",
+    "check_weight",
+]
 
 
 def check_data(
@@ -50,8 +57,8 @@ def check_data(
             where = tuple(int(i) for i in (~finite).nonzero()[0])
             raise ValueError(
                 f"Expected finite values in {name}; got {int((~finite).sum())} that are NaN or "
-                f"infinite, the first one at {where}. Remove these data, or mask them in the "
-                f"model with pyro.poutine.mask."
+                f"infinite, the first one at {where}. Remove these data, or, where entries are "
+                f"missing, pass {name}.nan_to_num() and a mask to the model (lvm.masked)."
             )
     return value
 
@@ -100,3 +107,21 @@ def check_weight(name: str, value: float | Tensor) -> None:
             f"{tuple(value.shape)}."
         )
     check_finite(name, float(value))
+
+
+def check_boolean(name: str, mask: object) -> None:
+    """Refuse a mask of what is observed that is not a tensor of booleans.
+
+    Args:
+        name: What the mask is for.
+        mask: The mask.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(
+            f"Expected a mask of booleans for {name}, True where an entry is observed; got {got}. "
+            f"Try ~x.isnan(), or mask.bool()."
+        )

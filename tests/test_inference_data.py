@@ -106,7 +106,9 @@ def test_groups_dims_and_shapes(name):
                 leading.append("data")
             rest = [f"{variable_name}_dim_{i}" for i in range(variable.ndim - len(leading))]
             assert list(variable.dims) == leading + rest
-            assert np.isfinite(variable.values).all()
+            masked = group == "observed_data" and name == "nested_masked" and variable_name == "x"
+            assert np.isnan(variable.values).sum() == 3 * masked
+            assert not np.isinf(variable.values).any()
         for dim, size in dataset.sizes.items():
             assert (dataset.coords[dim].values == np.arange(size)).all()
         assert dataset.attrs["inference_library"] == "pyro_lvm"
@@ -659,6 +661,15 @@ def test_unreliable_data_are_counted():
     for names in ("ab", "ba"):  # the order in which they are given does not matter
         table = compare({n: scores[n] for n in names})
         assert dict(table["unreliable"]) == {"a": 0, "b": 2}
+
+
+def test_what_a_score_assumes_stands_beside_it():
+    scores = scores_like({"a": torch.randn(6), "b": torch.randn(6) - 5})
+    assert "assuming" not in compare(scores)
+    scores["a"] = dataclasses.replace(scores["a"], assumption="a kernel of width 1")
+    table = compare(scores)
+    assert table.loc["a", "assuming"] == "a kernel of width 1"
+    assert table.loc["b", "assuming"] == ""
 
 
 def pair_of_idata(x):

@@ -1,7 +1,10 @@
 """log p(x): exact values against scikit-learn, estimates against closed forms, with error bars."""
 
+import dataclasses
 import itertools
 import math
+import subprocess
+import sys
 import warnings
 
 import pyro
@@ -14,8 +17,10 @@ from sklearn.mixture import GaussianMixture as SklearnMixture
 
 from pyro_lvm.datasets import linear_gaussian
 from pyro_lvm.marginal import exact, importance_sampling, widened
+from pyro_lvm.marginal.sampling import samples_at_once
 from pyro_lvm.marginal.weights import StreamingWeights
 from pyro_lvm.models import GaussianMixture
+from pyro_lvm.pair import inspect_pair
 from pyro_lvm.terms import compute_terms
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -273,7 +278,7 @@ def delta_guide(x):
             "score_function",
             widened(PROBLEMS["score_function"]().guide),
             {},
-            "normal local latents to widen; got Bernoulli at site 'y'",
+            "normal latents to widen; got Bernoulli at site 'y'",
         ),
         (importance_sampling, "normal_normal", None, {"num_samples": 0}, "num_samples.*positive"),
         (importance_sampling, "normal_normal", None, {"chunk_size": 0}, "chunk_size.*positive"),
@@ -335,3 +340,124 @@ def test_exact_refuses_random_global_latents():
 
     with pytest.raises(ValueError, match=r"got samples at \['mean'\]"):
         exact(bayesian_mean, guide, torch.randn(NUM_DATA))
+
+
+@pytest.mark.parametrize("num_latents", [2, 10, 50])
+def test_every_size_of_linear_gaussian(num_latents):
+    """Guides that are off by as much in all directions together, whatever the number of these."""
+    problem = linear_gaussian(2 * num_latents, num_latents)
+    x = problem.sample(30)
+    guide = off_posterior(problem, shift=0.3 / num_latents**0.5, widen=1 + 0.3 / num_latents**0.5)
+    score = importance_sampling(problem.model, guide, x, num_samples=4000)
+    z_scores = (score.log_prob - problem.log_prob(x)) / score.std_error
+    assert z_scores.abs().max() < 5
+    assert 0.3 < z_scores.square().mean() < 2.5
+    assert score.num_unreliable == 0
+
+
+@pytest.mark.parametrize(("shift", "widen"), [(0.3, 1.3), (0.5, 1.1), (0.0, 2.0)])
+def test_intervals_cover_the_closed_form(shift, widen):
+    """200 runs: copies of a datum have draws of their own, so that one run of them is as many."""
+    problem = linear_gaussian(6, 2)
+    x = problem.sample(5).repeat_interleave(200, 0)
+    score = importance_sampling(
+        problem.model, off_posterior(problem, shift, widen), x, num_samples=1000
+    )
+    trusted = (score.pareto_k < 0.5).reshape(5, 200)
+    covered = (score.log_prob - problem.log_prob(x)).abs() < 1.96 * score.std_error
+    covered = (covered.reshape(5, 200) & trusted).sum(1) / trusted.sum(1)
+    assert trusted.sum(1).min() > 150
+    assert covered.min() >= 0.90
+    assert covered.max() <= 0.99
+
+
+@pytest.mark.parametrize("name", ["normal_normal", "modules"])
+def test_minibatches_of_data(name):
+    problem = PROBLEMS[name]()
+    score = importance_sampling(
+        problem.model, problem.guide, *problem.args, num_samples=3000, batch_size=4
+    )
+    assert score.log_prob.shape == (NUM_DATA,)
+    assert ((score.log_prob - problem.log_prob).abs() < 5 * score.std_error + 1e-12).all()
+    whole = importance_sampling(problem.model, problem.guide, *problem.args, num_samples=2)
+    assert score.observations.same_data(whole.observations)
+
+
+def test_minibatches_take_all_arguments_apart():
+    """x given y, in rows; what has no row for each datum stays whole."""
+
+    def model(x, y, *, scale, noise):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(y, scale))
+            pyro.sample("x", dist.Normal(z, noise[0] + noise[1]), obs=x)
+
+    def guide(x, y, *, scale, noise):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((x + y) / 2, 1.5 * scale))
+
+    x, y, scale, noise = torch.randn(5), torch.randn(5), 1 + torch.rand(5), torch.ones(2) / 2
+    score = importance_sampling(
+        model, guide, x, y, scale=scale, noise=noise, num_samples=4000, batch_size=2
+    )
+    expected = dist.Normal(y, (scale**2 + 1).sqrt()).log_prob(x)
+    assert ((score.log_prob - expected).abs() < 5 * score.std_error).all()
+
+
+def test_what_can_not_be_taken_apart_is_refused():
+    problem = PROBLEMS["global_and_local"]()
+    with pytest.raises(ValueError, match="subsamples plate 'data'"):
+        importance_sampling(problem.model, problem.guide, batch_size=2)
+    x = torch.randn(NUM_DATA)
+
+    def model(x):
+        with pyro.plate("data", NUM_DATA):
+            pyro.sample("x", dist.Normal(0.0, 1.0).expand([NUM_DATA]), obs=x.mean())
+
+    with pytest.raises(ValueError, match=r"got 6 data for 2 rows.*len\(x\)"):
+        importance_sampling(model, None, x, batch_size=2)
+    with pytest.raises(ValueError, match="argument with 6 rows"):
+        importance_sampling(lambda: model(x), None, batch_size=2)
+
+
+@pytest.mark.parametrize(
+    ("num_data", "features", "expected"),
+    [(1000, 784, 4), (10, 784, 401), (100, 2, 327), (10**6, 784, 1)],
+)
+def test_chunks_have_as_many_numbers_whatever_the_data(num_data, features, expected):
+    structure = dataclasses.replace(
+        inspect_pair(PROBLEMS["mixture"]().model, None, PROBLEMS["mixture"]().args),
+        num_data=num_data,
+        values_per_datum=features,
+    )
+    assert samples_at_once(structure, (torch.zeros(1),), {}) == expected
+
+
+def test_structure_knows_how_many_values_a_datum_has():
+    problem = PROBLEMS["nested_masked"]()
+    assert inspect_pair(problem.model, problem.guide, problem.args).values_per_datum == 4
+    problem = PROBLEMS["modules"]()
+    assert inspect_pair(problem.model, problem.guide, problem.args).values_per_datum == 6
+
+
+MEASURE_MEMORY = """
+import resource, sys, torch, pyro_lvm as lvm
+torch.manual_seed(0)
+torch.set_num_threads(1)
+encoder = lvm.nn.MLP(784, [200, 200], head=lvm.nn.NormalHead(50))
+decoder = lvm.nn.MLP(50, [200, 200], head=lvm.nn.BernoulliHead(784))
+vae = lvm.VAE(encoder, decoder)
+x = (torch.rand(100, 784) < 0.1).float()
+lvm.marginal.importance_sampling(vae.model, vae.guide, x, num_samples=int(sys.argv[1]))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_samples():
+    """Peak memory of a process that has nothing else to do, 100 samples against 50,000."""
+
+    def peak(num_samples):
+        command = [sys.executable, "-c", MEASURE_MEMORY, str(num_samples)]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    assert peak(50_000) == pytest.approx(peak(100), rel=0.1)

@@ -252,6 +252,17 @@ def test_degenerate_data_are_fitted(data, covariance, dtype):
 
 
 @pytest.mark.usefixtures("float64")
+def test_features_that_are_constant_in_each_cluster():
+    """Rounding leaves a variance of 0 below 0."""
+    labels = torch.rand(400) < 0.5
+    x = torch.randn(400, 10) + 20.0 * labels[:, None]
+    x[:, 0] = torch.where(labels, 0.1, 0.3)
+    mixture = GaussianMixture(2, 10).initialize(x)
+    assert all(value.isfinite().all() for value in mixture.parameters())
+    assert torch.allclose(mixture.scale[:, 0], 2 * mixture.floor[0, 0])
+
+
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("covariance", COVARIANCES)
 def test_a_given_floor_holds(covariance):
     x = torch.randn(3, 2).repeat(10, 1)

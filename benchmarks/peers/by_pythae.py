@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks import problems
 from benchmarks.problems import Networks
 
-__all__ = ["vae"]
+__all__ = ["scored_vae", "vae"]
 
 
 class _Encoder(BaseEncoder):
@@ -36,6 +36,39 @@ class _Decoder(BaseDecoder):
 
     def forward(self, z: Tensor) -> Any:
         return ModelOutput(reconstruction=self.decoder(z).sigmoid())  # pythae takes probabilities
+
+
+class _EncoderOf(BaseEncoder):
+    """The network of one of our encoders, with a normal head."""
+
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x: Tensor) -> Any:
+        q = self.encoder(x).base_dist
+        return ModelOutput(embedding=q.loc, log_covariance=2 * q.scale.log())
+
+
+class _DecoderOf(BaseDecoder):
+    """The network of one of our decoders, with a Bernoulli head."""
+
+    def __init__(self, decoder: Any) -> None:
+        super().__init__()
+        self.layers = decoder.layers
+
+    def forward(self, z: Tensor) -> Any:
+        return ModelOutput(reconstruction=self.layers(z).sigmoid())
+
+
+def scored_vae(pair: Any) -> VAE:
+    """Pythae's VAE with the networks of one of ours, to be scored."""
+    config = VAEConfig(
+        input_dim=pair.decoder.head.event_shape,
+        latent_dim=pair.encoder.head.event_shape[0],
+        reconstruction_loss="bce",
+    )
+    return VAE(config, _EncoderOf(pair.encoder), _DecoderOf(pair.decoder)).eval()
 
 
 def vae(batch_size: int = 128, device: str = "cpu") -> Callable[[], Tensor]:

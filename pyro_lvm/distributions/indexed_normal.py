@@ -1,4 +1,4 @@
-"""Distributions that torch, Pyro and Zuko lack."""
+"""A Gaussian chosen from a table, as the component of a mixture is by its label."""
 
 from typing import Any
 
@@ -8,7 +8,12 @@ from pyro.ops.indexing import Vindex
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_lvm.distributions.marginal_normal import covariance_of, regression
+from pyro_lvm.distributions.marginal_table import observed_log_prob_table, regression_by_pattern
+from pyro_lvm.distributions.patterns import in_groups
+from pyro_lvm.distributions.recorded import is_recorded
 from pyro_lvm.distributions.whitening import (
+    columns_at_once,
     inverse_factor,
     log_normaliser,
     middle,
@@ -73,14 +78,16 @@ class IndexedNormal(TorchDistribution):
         """Log N(value; loc[index], S[index]), nats."""
         if self._validate_args:
             self._validate_sample(value)
-        table = self.log_prob_table(value)  # ... x C
-        shape = torch.broadcast_shapes(self.batch_shape, table.shape[:-1])
-        outer = max(self.index.dim() - table.dim() + 1, 0)
-        if self.index.shape[outer:].numel() == 1:  # one label for all data: take whole columns
-            chosen = table.movedim(-1, 0).index_select(0, self.index.flatten())
-            return chosen.reshape(self.index.shape[:outer] + table.shape[:-1]).expand(shape)
-        index = self.index.expand(shape).unsqueeze(-1)
-        return table.expand(*shape, table.shape[-1]).gather(-1, index).squeeze(-1)
+        return self._of_index(self.log_prob_table(value))
+
+    def observed_log_prob(self, value: Tensor, mask: Tensor) -> Tensor:
+        """The log-density of the observed features, log N(x_o; loc_o[index], S_oo[index]), nats.
+
+        Args:
+            value: ``... x D``; what stands at missing features does not count, NaN neither.
+            mask: Which features are observed, ``... x D``.
+        """
+        return self._of_index(self.observed_log_prob_table(value, mask))
 
     def log_prob_table(self, value: Tensor) -> Tensor:
         """The log-density under every Gaussian of the table, ``... x C``, nats."""
@@ -97,14 +104,79 @@ class IndexedNormal(TorchDistribution):
         log_prob = -0.5 * lengths - log_normaliser(self.scale, self.loc.shape[-1])
         return log_prob.reshape(*batch, self.loc.shape[-2])
 
+    def observed_log_prob_table(self, value: Tensor, mask: Tensor) -> Tensor:
+        """`observed_log_prob` under every Gaussian of the table, ``... x C``.
+
+        Data that miss the same features share the factorisations, and some of these are in memory
+        at a time, also of a gradient. Where tensors are recorded each datum has its own.
+        """
+        if not is_recorded() and bool(mask.all()):
+            return self.log_prob_table(value)
+        return observed_log_prob_table(value, self.loc, self.scale, self.tril, mask)
+
+    def observed_regression(self, residual: Tensor, mask: Tensor) -> Tensor:
+        """What is to be expected of missing features, beyond their means, given the observed ones.
+
+            S_mo S_oo^-1 r_o,    r = x - loc[index]
+
+        Args:
+            residual: r, ``... x D``.
+            mask: Which features are observed, ``... x D``.
+
+        Returns:
+            ``... x D``; at observed features r itself, up to rounding.
+        """
+        if self.tril is None:
+            return torch.where(mask, residual, 0.0)
+        mask = mask.expand(*mask.shape[:-1], self.loc.shape[-1])
+        index = self.index.expand(self.batch_shape)
+        covariance = covariance_of(
+            self.scale.expand(*self.scale.shape[:-1], mask.shape[-1]), self.tril
+        )
+        if is_recorded() or covariance.shape[:-3].numel() > 1:
+            residual = torch.where(mask, residual, 0.0).unsqueeze(-1)
+            return regression(residual, self._choose(covariance, index, 2), mask).squeeze(-1)
+        covariance = covariance.reshape(covariance.shape[-3:])
+        return regression_by_pattern(residual, covariance, index, mask)
+
+    @property
+    def mean(self) -> Tensor:
+        """loc[index], ``batch x D``."""
+        return self._choose(self.loc, self.index.expand(self.batch_shape), 1)
+
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         """Reparameterised draws, ``sample_shape x batch x D``."""
         shape = self._extended_shape(sample_shape)
         noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
         index = self.index.expand(self.batch_shape)
         if self.tril is not None:
-            noise = noise + (self._choose(self.tril, index, 2) @ noise.unsqueeze(-1)).squeeze(-1)
+            noise = noise + self._mixed(noise, self.tril)
         return self._choose(self.loc, index, 1) + self._choose(self.scale, index, 1) * noise
+
+    def _mixed(self, noise: Tensor, tril: Tensor) -> Tensor:
+        """tril[index] noise, ``... x D``; draws of one Gaussian are the columns of a matrix."""
+        index = self.index.expand(self.batch_shape).expand(noise.shape[:-1])
+        if is_recorded() or tril.shape[:-3].numel() > 1:
+            return (self._choose(tril, index, 2) @ noise.unsqueeze(-1)).squeeze(-1)
+        table, columns = tril.reshape(tril.shape[-3:]), noise.reshape(-1, noise.shape[-1])
+        keys = index.flatten() if len(table) > 1 else torch.zeros_like(index.flatten())
+
+        def compute(key: Tensor, numbers: Tensor) -> Tensor:
+            return table[key] @ columns[numbers].mT  # G x D x n
+
+        return in_groups(
+            compute, keys, most=columns_at_once(noise.shape[-1:], noise.device)
+        ).T.reshape(noise.shape)
+
+    def _of_index(self, table: Tensor) -> Tensor:
+        """The column of the index in a table ``... x C``."""
+        shape = torch.broadcast_shapes(self.batch_shape, table.shape[:-1])
+        outer = max(self.index.dim() - table.dim() + 1, 0)
+        if self.index.shape[outer:].numel() == 1:  # one label for all data: take whole columns
+            chosen = table.movedim(-1, 0).index_select(0, self.index.flatten())
+            return chosen.reshape(self.index.shape[:outer] + table.shape[:-1]).expand(shape)
+        index = self.index.expand(shape).unsqueeze(-1)
+        return table.expand(*shape, table.shape[-1]).gather(-1, index).squeeze(-1)
 
     def _choose(self, table: Tensor, index: Tensor, event_dim: int) -> Tensor:
         event = (slice(None),) * event_dim

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_lvm.distributions.recorded import is_recorded
+
 __all__ = [
     "columns_at_once",
     "inverse_factor",
@@ -100,8 +102,7 @@ def squared_lengths(columns: Tensor, means: Tensor, inverse: Tensor) -> Tensor:
     size = columns_at_once(means.shape, columns.device)
     # A program that is recorded has no use for chunks, as its compiler fuses these operations, and
     # what torch.func transforms has to be plain.
-    as_recorded = torch._C._get_tracing_state() or torch._C._are_functorch_transforms_active()
-    if columns.shape[-1] <= size or as_recorded:
+    if columns.shape[-1] <= size or is_recorded():
         return _squared_lengths(columns, means, inverse)
     return _InChunks.apply(columns, means, inverse, size)
 

@@ -21,6 +21,7 @@ from pyro_lvm.pair import (
     inspect_pair,
     untouched_random_state,
 )
+from pyro_lvm.terms import observed_table
 
 __all__ = ["ImplicitDivergence"]
 
@@ -89,6 +90,11 @@ class ImplicitDivergence(Objective):
         with torch.enable_grad(), untouched_random_state(args, kwargs), device_of(args, kwargs):
             drawn = self._draw(call, self._selected(structure)).nodes
         for name in self._selected(structure):
+            if observed_table(drawn[name], self.plate) is not None:
+                raise ValueError(
+                    f"Expected observations to compare with whole draws; got a mask at site "
+                    f"'{name}'. Use an objective with a likelihood, or complete data."
+                )
             if not drawn[name]["fn"].has_rsample:
                 raise ValueError(
                     f"Expected observed sites with reparameterised draws; got '{name}' with "

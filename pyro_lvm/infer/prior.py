@@ -17,6 +17,7 @@ from pyro_lvm.terms import log_prior_from_traces
 
 __all__ = [
     "choices_of_prior",
+    "latent_story",
     "learned_choices",
     "prior_guide",
     "prior_log_prob",
@@ -84,6 +85,24 @@ def prior_guide(model: Program, sites: Iterable[str]) -> Program:
             _UntilDrawn(wanted).run(model, args, kwargs)
 
     return guide
+
+
+def latent_story(model: Program, sites: Iterable[str]) -> Program:
+    """A model as far as the last of some latent sites: the prior alone, without a decoder.
+
+    Args:
+        model: The model.
+        sites: Names of latent sites.
+
+    Returns:
+        A program with the model's arguments.
+    """
+    wanted = frozenset(sites)
+
+    def story(*args: Any, **kwargs: Any) -> None:
+        _UntilDrawn(wanted).run(model, args, kwargs)
+
+    return story
 
 
 def _drawn(site: dict) -> dict:

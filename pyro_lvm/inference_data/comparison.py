@@ -34,7 +34,8 @@ def compare(scores: Mapping[str, Any]) -> "pd.DataFrame":
 
     Returns:
         One row per model, best first: ``rank``, ``mean``, ``se``, ``diff``, ``dse``, ``weight`` and
-        ``unreliable``, the number of data whose Pareto k is above 0.7.
+        ``unreliable``, the number of data whose Pareto k is above 0.7; and ``assuming`` if a score
+        rests on more than its model, a kernel density for one.
 
     Raises:
         TypeError: If the scores are of different kinds.
@@ -57,7 +58,9 @@ def compare(scores: Mapping[str, Any]) -> "pd.DataFrame":
         for name, s in scores.items()
     }
     unreliable = {name: int((e.pareto_k > 0.7).sum()) for name, e in elpd.items()}
-    return _table(arviz, elpd, unreliable)
+    table = _table(arviz, elpd, unreliable)
+    assuming = {n: getattr(score, "assumption", None) or "" for n, score in scores.items()}
+    return table if not any(assuming.values()) else table.assign(assuming=table.index.map(assuming))
 
 
 def _observations(score: Any) -> Observations | None:

@@ -10,7 +10,6 @@ import torch
 from pyro import poutine
 from pyro.infer import infer_discrete
 from pyro.poutine.enum_messenger import EnumMessenger
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from pyro_lvm.pair import (
     hold_subsamples,
     inspect_pair,
     no_guide,
+    unmasked,
 )
 from pyro_lvm.terms import PARTICLES, Terms, sample_table, terms_from_traces
 
@@ -93,7 +93,7 @@ def to_arviz(
         "sample_stats": {
             "log_weight": (("chain", "draw", plate), to_numpy(terms.log_weight)[None])
         },
-        "observed_data": _rows(terms.observed, plate),
+        "observed_data": _rows(_with_gaps(terms), plate),
         "constant_data": _constants(model, args, kwargs, terms, plate),
     }
     groups["prior"], prior_predictive = run.prior()
@@ -248,7 +248,7 @@ class _Draws:
         values = {n: s["value"] for n, s in latents.nodes.items() if s["type"] == "sample"}
         # conditioned, not replayed: of replayed sites infer_discrete would not see what they
         # depend on
-        story = poutine.condition(self._vectorized(_unmasked(self.model, names)), data=values)
+        story = poutine.condition(self._vectorized(unmasked(self.model, names)), data=values)
         drawn = self._run(infer_discrete(story, first_available_dim=self._first_free_dim))
         for name in names:
             latents.add_node(name, **drawn.nodes[name])
@@ -286,23 +286,6 @@ class _Draws:
         return ("chain", "draw", self.plate, *_dims(name, value, 2)), to_numpy(value)[None]
 
 
-class _Unmasked(Messenger):
-    """Takes the masks of some sites away."""
-
-    def __init__(self, names: tuple[str, ...]) -> None:
-        super().__init__()
-        self.names = names
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.names:
-            msg["mask"] = None
-
-
-def _unmasked(model: Program, names: tuple[str, ...]) -> Program:
-    # the mask of an enumerated site does not take its prior away, see `compute_terms`
-    return _Unmasked(names)(model)
-
-
 def _dims(name: str, value: Tensor, leading: int) -> tuple[str, ...]:
     return tuple(f"{name}_dim_{i}" for i in range(value.dim() - leading))
 
@@ -323,10 +306,29 @@ def _constants(model: Program, args: tuple, kwargs: dict, terms: Terms, plate: s
         if isinstance(value, Tensor)
         and value.dim() > 0
         and len(value) == terms.num_data
-        and not any(_equal(value, observed) for observed in terms.observed.values())
+        and not any(_equal(_seen(value, name, terms), v) for name, v in terms.observed.items())
     }
     return _rows(constants, plate)
 
 
+def _with_gaps(terms: Terms) -> dict[str, Tensor]:
+    """The observations, NaN where real numbers are missing."""
+    values = dict(terms.observed)
+    for name, mask in terms.masks.items():
+        if values[name].is_floating_point():
+            values[name] = values[name].masked_fill(~mask, torch.nan)
+    return values
+
+
+def _seen(value: Tensor, site: str, terms: Terms) -> Tensor:
+    """An argument as it is observed at a site, if it is."""
+    mask = terms.masks.get(site)
+    if mask is None or mask.shape != value.shape:
+        return value
+    return torch.where(mask, value, torch.zeros_like(value))
+
+
 def _equal(a: Tensor, b: Tensor) -> bool:
+    if a.dtype == torch.bool != b.dtype:  # a mask, which every number can be made into
+        return False
     return a.shape == b.shape and a.device == b.device and bool(torch.equal(a, b.to(a.dtype)))

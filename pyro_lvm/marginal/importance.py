@@ -1,5 +1,7 @@
 """log p(x) by importance sampling, with the guide as the proposal."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from pyro_lvm.marginal.minibatches import in_minibatches
 from pyro_lvm.marginal.sampling import averaged_weights
 from pyro_lvm.pair import PairStructure, Program, inspect_pair, no_guide
 
-__all__ = ["importance_sampling"]
+__all__ = ["check_proposal", "importance_sampling"]
 
 _ADVICE = (
     "The guide misses mass of the posterior: take more samples, widen the guide "
@@ -69,15 +71,15 @@ def importance_sampling(
     check_count("num_samples", num_samples)
     guide = no_guide if guide is None else guide
     structure = inspect_pair(model, guide, args, kwargs, plate=plate)
-    _check_proposal(structure)
+    check_proposal(structure, structure.local_latents)
 
-    def estimate(*args: Any, **kwargs: Any) -> LogMarginal:
+    def estimate(args: tuple, kwargs: dict, num_data: int) -> LogMarginal:
         return averaged_weights(
             model,
             guide,
             args,
             kwargs,
-            structure,
+            replace(structure, num_data=num_data),
             num_samples=num_samples,
             chunk_size=chunk_size,
             method="importance sampling",
@@ -88,10 +90,15 @@ def importance_sampling(
     return in_minibatches(estimate, args, kwargs, structure, batch_size)
 
 
-def _check_proposal(structure: PairStructure) -> None:
-    masses = [n for n in structure.local_latents if n in structure.point_masses]
+def check_proposal(structure: PairStructure, latents: Sequence[str]) -> None:
+    """Refuse a guide that is a point mass at one of some latents.
+
+    Raises:
+        ValueError: If it is.
+    """
+    masses = [n for n in latents if n in structure.point_masses]
     if masses and not structure.auxiliary:
         raise ValueError(
-            f"Expected a guide with a density at every local latent; got a point mass at {masses}, "
+            f"Expected a guide with a density at these latents; got a point mass at {masses}, "
             f"whose weights say nothing of p(x). Use a guide that samples, an AutoNormal for one."
         )

@@ -1,7 +1,7 @@
 """The record that every estimator of log p(x) returns."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -35,16 +35,34 @@ class Observations:
     @classmethod
     def of(cls, terms: Terms) -> "Observations":
         """The observations that some terms were computed for."""
-        checksum, size = torch.zeros(terms.num_data, dtype=torch.float64), 0
-        for value in terms.observed.values():  # a sum: models may have their sites in any order
-            flat = value.reshape(terms.num_data, -1).cpu().double()
-            checksum = checksum + flat @ torch.cos(torch.arange(flat.shape[1]).double())
-            size += flat.shape[1]
         kinds = set(terms.discrete.values())
         measure: BaseMeasure = "mixed"
         if len(kinds) == 1:
             measure = "discrete" if kinds.pop() else "continuous"
-        return cls(checksum, size, measure)
+        found = cls.of_values(terms.observed, terms.num_data, measure)
+        missing = cls.of_values({n: ~m for n, m in terms.masks.items()}, terms.num_data, measure)
+        # what is missing is 0 there, and is told from an observed 0
+        return replace(found, checksum=found.checksum + math.pi * missing.checksum)
+
+    @classmethod
+    def of_values(
+        cls, observed: Mapping[str, Tensor], num_data: int, base_measure: BaseMeasure
+    ) -> "Observations":
+        """The observations with these values, site -> ``N x ...``."""
+        checksum, size = torch.zeros(num_data, dtype=torch.float64), 0
+        for value in observed.values():  # a sum: models may have their sites in any order
+            flat = value.reshape(num_data, -1).cpu().double()
+            checksum = checksum + flat @ torch.cos(torch.arange(flat.shape[1]).double())
+            size += flat.shape[1]
+        return cls(checksum, size, base_measure)
+
+    def together(self) -> "Observations":
+        """The same observations as those of one datum."""
+        position = torch.arange(1.0, 1 + len(self.checksum), dtype=torch.float64)
+        total = (self.checksum * torch.cos(position)).sum().reshape(1)
+        return replace(
+            self, checksum=total, values_per_datum=self.values_per_datum * len(self.checksum)
+        )
 
     @classmethod
     def joined(cls, parts: Sequence["Observations"]) -> "Observations":
@@ -92,10 +110,12 @@ class LogMarginal:
     @classmethod
     def joined(cls, parts: Sequence["LogMarginal"]) -> "LogMarginal":
         """One estimate of those of several minibatches, in their order."""
-        first, tables = parts[0], ("log_prob", "std_error", "ess", "pareto_k")
         return replace(
-            first,
-            **{name: torch.cat([getattr(part, name) for part in parts]) for name in tables},
+            parts[0],
+            log_prob=torch.cat([part.log_prob for part in parts]),
+            std_error=torch.cat([part.std_error for part in parts]),
+            ess=torch.cat([part.ess for part in parts]),
+            pareto_k=torch.cat([part.pareto_k for part in parts]),
             observations=Observations.joined([part.observations for part in parts]),
         )
 
@@ -125,8 +145,10 @@ class LogMarginal:
         return int((self.pareto_k > 0.7).sum())
 
     def __str__(self) -> str:
-        data = f"over {len(self.log_prob)} data"
-        value = f"log p(x) = {self.mean:.3f} +- {self.mean_std_error:.3f} nats per datum {data}"
+        size = len(self.log_prob)
+        error = self.mean_std_error if size > 1 else self.sampling_std_error
+        over = f"per datum over {size} data" if size > 1 else "of one datum"
+        value = f"log p(x) = {self.mean:.3f} +- {error:.3f} nats {over}"
         given = "" if self.assumption is None else f"\n  assuming {self.assumption}"
         if self.num_samples == 0:
             return f"{value} ({self.method}){given}"
@@ -143,16 +165,14 @@ class LogMarginal:
     def warnings(self) -> list[str]:
         """Reasons not to trust the estimate, each with what to do about it."""
         found = []
+        size = len(self.log_prob)
+        few = int((self.ess < _FEW).sum()) if self.num_samples > 1 else 0
         if self.num_unreliable:
             found.append(
-                f"Pareto k above 0.7 at {self.num_unreliable} of {len(self.log_prob)} data: rare "
-                f"samples carry most of the weight there, so that log p(x) is likely too low and "
-                f"its error bar too short. {self.advice}"
+                f"Pareto k above 0.7 at {self.num_unreliable} of {size} data: rare samples carry "
+                f"most of the weight there, so that log p(x) is likely too low and its error bar "
+                f"too short."
             )
-        few = int((self.ess < _FEW).sum())
-        if few and self.num_samples > 1:
-            found.append(
-                f"fewer than {_FEW} effective samples at {few} of {len(self.log_prob)} data. "
-                f"{self.advice}"
-            )
-        return found
+        if few:
+            found.append(f"fewer than {_FEW} effective samples at {few} of {size} data.")
+        return [*found[:-1], f"{found[-1]} {self.advice}"] if found else []

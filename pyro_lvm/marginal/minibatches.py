@@ -13,7 +13,7 @@ __all__ = ["in_minibatches"]
 
 
 def in_minibatches(
-    estimate: Callable[..., LogMarginal],
+    estimate: Callable[[tuple, dict, int], LogMarginal],
     args: tuple,
     kwargs: dict,
     structure: PairStructure,
@@ -25,7 +25,7 @@ def in_minibatches(
     data; other arguments are the same for all minibatches.
 
     Args:
-        estimate: From the arguments of a pair to an estimate.
+        estimate: From arguments of the pair, and the number of data in them, to an estimate.
         args: Positional arguments of the pair.
         kwargs: Keyword arguments of the pair.
         structure: The structure of the pair for these arguments.
@@ -37,10 +37,10 @@ def in_minibatches(
     Raises:
         ValueError: If the pair's data are not among its arguments, or if it subsamples.
     """
-    if batch_size is None:
-        return estimate(*args, **kwargs)
-    check_count("batch_size", batch_size)
     size = structure.num_data
+    if batch_size is None:
+        return estimate(args, kwargs, size)
+    check_count("batch_size", batch_size)
     _check_sliceable(args, kwargs, structure)
 
     def part(value: Any, start: int) -> Any:
@@ -48,17 +48,17 @@ def in_minibatches(
 
     parts = []
     for start in range(0, size, batch_size):
-        some = [part(a, start) for a in args]
+        some = tuple(part(a, start) for a in args)
         named = {name: part(a, start) for name, a in kwargs.items()}
-        parts.append(estimate(*some, **named))
         expected = min(batch_size, size - start)
+        parts.append(estimate(some, named, expected))
         if len(parts[-1].log_prob) != expected:
             raise ValueError(
                 f"Expected a pair whose plate has as many data as its arguments have rows; got "
                 f"{len(parts[-1].log_prob)} data for {expected} rows. Make the plate of "
                 f"len(x), or pass batch_size=None."
             )
-    return LogMarginal.joined(parts)
+    return type(parts[0]).joined(parts)
 
 
 def _check_sliceable(args: tuple, kwargs: dict, structure: PairStructure) -> None:

@@ -204,7 +204,9 @@ def _in_data_space(sums: Moments, table: Table, rounding: float) -> Moments:
 
 def _regressions(covariances: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
     """The scale, at least ``least``, and tril of L = diag(scale) (I + tril), S = L L^T."""
-    spread = covariances.diagonal(dim1=-2, dim2=-1).sqrt().maximum(least)  # C x D
+    # a variance of 0 may be less by rounding
+    variances = covariances.diagonal(dim1=-2, dim2=-1).clamp(min=0)
+    spread = variances.sqrt().maximum(least)  # C x D
     correlations = covariances / (spread.unsqueeze(-1) * spread.unsqueeze(-2))
     factor = spread.unsqueeze(-1) * _cholesky(correlations)
     scale = factor.diagonal(dim1=-2, dim2=-1)

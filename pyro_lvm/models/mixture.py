@@ -14,8 +14,8 @@ from pyro.nn import PyroParam, pyro_method
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_lvm.checks import check_data, check_positive
-from pyro_lvm.distributions import IndexedNormal
+from pyro_lvm.checks import check_count, check_data, check_positive
+from pyro_lvm.distributions import Incomplete, IndexedNormal
 from pyro_lvm.models.base import Model
 from pyro_lvm.models.expectation_maximisation import EMFit, expectation_maximisation
 from pyro_lvm.models.gaussian_moments import (
@@ -24,6 +24,8 @@ from pyro_lvm.models.gaussian_moments import (
     maximum_likelihood,
     moments_given,
 )
+from pyro_lvm.pair import Masks
+from pyro_lvm.pair.masks import entry_mask
 
 __all__ = ["Covariance", "GaussianMixture"]
 
@@ -47,6 +49,13 @@ class GaussianMixture(Model):
     ``fit_em``, and ``guide`` is empty. A parameter with a prior is a global latent instead, a site
     of the parameter's name, and ``guide`` an autoguide over all of these; what needs a value of it
     then takes the guide's median.
+
+    Wherever data come in, a mask may come with them, ``N x D`` or broadcastable to it, True where
+    a feature is observed: the others are integrated out exactly,
+
+        p(x_io) = sum_c weights_c N(x_io; loc_co, S_coo),    o: the observed features of datum i
+
+    whatever stands there, NaN too. (``initialize`` and ``fit_em`` need complete data.)
 
     Args:
         num_components: ``C``.
@@ -95,16 +104,16 @@ class GaussianMixture(Model):
             self._autoguide = autoguide(poutine.block(self.model, hide=["z", "x"]))
 
     @pyro_method
-    def model(self, x: Tensor) -> Tensor:
-        """The generative story, conditioned on x ``N x D``."""
+    def model(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The generative story, conditioned on the observed features of x ``N x D``."""
         self._check(x)
         weights, *table = (self._parameter(name) for name in self._shapes())
-        with pyro.plate(self.plate, len(x)):
+        with Masks(x=mask), pyro.plate(self.plate, len(x)):
             z = pyro.sample("z", dist.Categorical(weights), infer={"enumerate": "parallel"})
             return pyro.sample("x", IndexedNormal(z, *table), obs=x)
 
     @pyro_method
-    def guide(self, x: Tensor) -> Any:
+    def guide(self, x: Tensor, mask: Tensor | None = None) -> Any:
         """The posterior of the parameters that have priors; nothing without any."""
         return None if self._autoguide is None else self._autoguide(x)
 
@@ -208,24 +217,54 @@ class GaussianMixture(Model):
         self._above_floor.lower_bound = self.floor
         return self
 
-    def log_prob(self, x: Tensor) -> Tensor:
-        """Log p(x_i), ``N``, nats."""
-        return torch.logsumexp(self._joint(x), -1)
+    def log_prob(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Log p(x_i), ``N``, nats; given a mask, that of the observed features."""
+        return torch.logsumexp(self._joint(x, mask), -1)
 
-    def responsibilities(self, x: Tensor) -> Tensor:
-        """p(z_i = c | x_i), ``N x C``."""
-        return torch.softmax(self._joint(x), -1)
+    def responsibilities(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """p(z_i = c | x_i), ``N x C``; given a mask, by the observed features."""
+        return torch.softmax(self._joint(x, mask), -1)
 
-    def assign(self, x: Tensor) -> Tensor:
+    def assign(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The most probable label of each datum, ``N``."""
-        return self._joint(x).argmax(-1)
+        return self._joint(x, mask).argmax(-1)
+
+    @torch.no_grad()
+    def impute(self, x: Tensor, mask: Tensor, *, num_samples: int = 1) -> Tensor:
+        """Draws of the missing features given the observed ones, exact ones.
+
+            z ~ p(z | x_o),    x_m ~ N(loc_zm + S_zmo S_zoo^-1 (x_o - loc_zo), S_zmm given o)
+
+        Args:
+            x: ``N x D``.
+            mask: Which features are observed.
+            num_samples: ``K``.
+
+        Returns:
+            ``K x N x D``; the observed features as they are.
+        """
+        check_count("num_samples", num_samples)
+        z = dist.Categorical(self.responsibilities(x, mask)).sample((num_samples,))
+        return Incomplete(self._component(z), self._seen(x, mask)).sample_given(x)
+
+    @torch.no_grad()
+    def conditional_mean(self, x: Tensor, mask: Tensor) -> Tensor:
+        """E[x_m | x_o] at missing features, x itself at observed ones, ``N x D``.
+
+        Args:
+            x: ``N x D``.
+            mask: Which features are observed.
+        """
+        shares, seen = self.responsibilities(x, mask), self._seen(x, mask)
+        labels = torch.arange(self.num_components, device=x.device).unsqueeze(-1)
+        means = Incomplete(self._component(labels), seen).mean_given(x)  # C x N x D
+        return torch.where(seen, x, (shares.T.unsqueeze(-1) * means).sum(0))
 
     @torch.no_grad()
     def sample(self, num_samples: int) -> Tensor:
         """Draws of x, ``num_samples x D``."""
-        values = self.values()
-        z = dist.Categorical(values["weights"]).sample((num_samples,))
-        return IndexedNormal(z, values["loc"], values["scale"], values.get("tril")).sample()
+        z = dist.Categorical(self.values()["weights"]).sample((num_samples,))
+        return self._component(z).sample()
 
     def covariances(self) -> Tensor:
         """S, ``C x D x D``."""
@@ -260,13 +299,24 @@ class GaussianMixture(Model):
         self._set_up_guide()  # which needs the model, and Pyro's guides are copied without theirs
         return super().__getstate__()
 
-    def _joint(self, x: Tensor) -> Tensor:
+    def _joint(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Log p(x_i, z_i = c), ``N x C``."""
         self._check(x)
+        table = self._component(torch.zeros((), dtype=torch.long, device=x.device))
+        if mask is None:
+            log_prob = table.log_prob_table(x)
+        else:
+            log_prob = table.observed_log_prob_table(x, self._seen(x, mask))
+        return log_prob + self.values()["weights"].log()
+
+    def _component(self, z: Tensor) -> IndexedNormal:
+        """p(x | z), with the batch shape of z."""
         values = self.values()
-        index = torch.zeros((), dtype=torch.long, device=x.device)
-        table = IndexedNormal(index, values["loc"], values["scale"], values.get("tril"))
-        return table.log_prob_table(x) + values["weights"].log()
+        return IndexedNormal(z, values["loc"], values["scale"], values.get("tril"))
+
+    def _seen(self, x: Tensor, mask: Tensor) -> Tensor:
+        """The mask with the dimensions of x."""
+        return entry_mask("x", mask, x.shape[:1], x.shape[1:])
 
     def _parameter(self, name: str) -> Tensor:
         prior = self.priors.get(name)

@@ -8,8 +8,10 @@ import torch
 from pyro.nn import pyro_method
 from torch import Tensor, nn
 
-from pyro_lvm.checks import check_data
+from pyro_lvm.checks import check_data, check_finite
 from pyro_lvm.models.base import Model
+from pyro_lvm.pair import Masks
+from pyro_lvm.pair.masks import entry_mask
 
 __all__ = ["VAE"]
 
@@ -23,6 +25,13 @@ class VAE(Model):
     with sites "z" and "x" in the plate "data". ``vae.model`` and ``vae.guide`` take the data ``x``,
     ``N x event``, and are an ordinary pair for Pyro.
 
+    Both take a mask beside the data, True where an entry is observed (``N x event`` or
+    broadcastable to it, or ``N`` for whole data). The model counts the observed entries alone, and
+    the encoder sees ``fill`` at the others (Nazabal et al. 2020, Mattei and Frellsen 2019): a bound
+    holds for any guide, so that this one learns from incomplete data what to make of them. Train
+    with ``fit(vae.model, vae.guide, (x.nan_to_num(), mask))``, draw what is missing with
+    ``marginal.impute``.
+
     Args:
         encoder: Module or function, x ``N x event`` -> a Distribution over z, batch shape ``N``.
         decoder: Module or function, z ``... x latent`` -> a Distribution over x with batch shape
@@ -30,6 +39,8 @@ class VAE(Model):
         prior: A Distribution over z, or a module that returns one when it is called (a learned
             prior). If None, a standard normal of the encoder's event shape.
         plate: Name of the data plate.
+        fill: What the encoder sees in the place of a missing entry; the mean of standardised data
+            is 0.
 
     Raises:
         ValueError: If the prior is a Distribution with a batch shape.
@@ -42,8 +53,10 @@ class VAE(Model):
         prior: dist.Distribution | nn.Module | None = None,
         *,
         plate: str = "data",
+        fill: float = 0.0,
     ) -> None:
         super().__init__()
+        check_finite("fill", fill)
         batch_shape = getattr(prior, "batch_shape", ())
         if batch_shape:
             raise ValueError(
@@ -51,6 +64,7 @@ class VAE(Model):
                 f"Try .to_event({len(batch_shape)})."
             )
         self.encoder, self.decoder, self.prior, self.plate = encoder, decoder, prior, plate
+        self.fill = fill
         self._latent_shape: torch.Size | None = None
         head = getattr(encoder, "head", None)
         if head is not None and hasattr(head, "event_shape"):
@@ -60,34 +74,34 @@ class VAE(Model):
         self.register_buffer("_zero", like.new_zeros(()), persistent=False)
 
     @pyro_method
-    def model(self, x: Tensor) -> Tensor:
-        """The generative story, conditioned on x ``N x event``."""
+    def model(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The generative story, conditioned on the observed entries of x ``N x event``."""
         self._check(x)
-        with pyro.plate(self.plate, len(x)):
+        with Masks(x=mask), pyro.plate(self.plate, len(x)):
             z = pyro.sample("z", self._prior_given(x))
             return pyro.sample("x", self.decoder(z), obs=x)
 
     @pyro_method
-    def guide(self, x: Tensor) -> Tensor:
-        """The amortised posterior of z given x ``N x event``."""
+    def guide(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The amortised posterior of z given the observed entries of x ``N x event``."""
         self._check(x)
         with pyro.plate(self.plate, len(x)):
-            q = self.encoder(x)
+            q = self.encode(x, mask)
             self._latent_shape = q.event_shape  # for the default prior
             return pyro.sample("z", q)
 
-    def encode(self, x: Tensor) -> Any:
-        """q(z | x), a Distribution with batch shape ``N``."""
-        return self.encoder(x)
+    def encode(self, x: Tensor, mask: Tensor | None = None) -> Any:
+        """q(z | x), a Distribution with batch shape ``N``; see the class for the mask."""
+        return self.encoder(x if mask is None else self._filled(x, mask))
 
     def decode(self, z: Tensor) -> Any:
         """p(x | z), a Distribution with the batch shape of z ``... x latent``."""
         return self.decoder(z)
 
     @torch.no_grad()
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """E[x' | z] at the mean z of q(z | x), ``N x event``."""
-        return self.decode(self.encode(x).mean).mean
+    def reconstruct(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """E[x' | z] at the mean z of q(z | x), ``N x event``; see the class for the mask."""
+        return self.decode(self.encode(x, mask).mean).mean
 
     @torch.no_grad()
     def sample(self, num_samples: int, *, mean: bool = False) -> Tensor:
@@ -142,6 +156,10 @@ class VAE(Model):
             with torch.no_grad():
                 self._latent_shape = self.encoder(x).event_shape
         return self.prior_distribution()
+
+    def _filled(self, x: Tensor, mask: Tensor) -> Tensor:
+        """What the encoder sees of incomplete data."""
+        return torch.where(entry_mask("x", mask, x.shape[:1], x.shape[1:]), x, self.fill)
 
     def _check(self, x: Tensor) -> None:
         if not isinstance(x, Tensor) or x.dim() < 1 or len(x) == 0:

@@ -18,19 +18,26 @@ The plate's scale (data in all / data in the minibatch) stays beside the terms. 
 """
 
 from pyro_lvm.terms.at_values import terms_at
+from pyro_lvm.terms.completion import Completion, complete
 from pyro_lvm.terms.compute import compute_terms, log_prior_from_traces, terms_from_traces
 from pyro_lvm.terms.particles import sharing_globals
 from pyro_lvm.terms.record import Terms
-from pyro_lvm.terms.sites import PARTICLES, depends_on_enumeration, sample_table
+from pyro_lvm.terms.simulation import Simulation, simulate
+from pyro_lvm.terms.sites import PARTICLES, depends_on_enumeration, observed_table, sample_table
 
 __all__ = [
     "PARTICLES",
+    "Completion",
+    "Simulation",
     "Terms",
+    "complete",
     "compute_terms",
     "depends_on_enumeration",
     "log_prior_from_traces",
+    "observed_table",
     "sample_table",
     "sharing_globals",
+    "simulate",
     "terms_at",
     "terms_from_traces",
 ]

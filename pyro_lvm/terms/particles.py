@@ -7,7 +7,7 @@ from pyro.poutine.plate_messenger import PlateMessenger
 
 from pyro_lvm.terms.sites import PARTICLES
 
-__all__ = ["sharing_globals"]
+__all__ = ["LocalParticles", "sharing_globals"]
 
 
 @cache
@@ -31,10 +31,10 @@ class _SharingGlobals:
 
     def _vectorized_num_particles(self, fn: Any) -> Any:
         dim = -self.max_plate_nesting
-        return _LocalParticles(self.num_particles, dim=dim, plate=self.plate)(fn)
+        return LocalParticles(self.num_particles, dim=dim, plate=self.plate)(fn)
 
 
-class _LocalParticles(PlateMessenger):
+class LocalParticles(PlateMessenger):
     """A vectorised plate over particles that sites outside of the data plate are not in.
 
     What is outside is drawn once, and all particles share it.

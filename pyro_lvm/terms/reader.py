@@ -13,7 +13,7 @@ from torch.distributions import kl_divergence
 from pyro_lvm.pair import data_plate
 from pyro_lvm.terms.contraction import Factor, expectation, named, names, sum_out, sum_to
 from pyro_lvm.terms.record import Terms
-from pyro_lvm.terms.sites import PARTICLES, depends_on_enumeration, sample_table
+from pyro_lvm.terms.sites import PARTICLES, depends_on_enumeration, observed_table, sample_table
 
 __all__ = ["TraceReader"]
 
@@ -64,7 +64,8 @@ class TraceReader:
             global_kl=global_kl,
             samples=self._samples(local),
             global_samples=self._global_samples(),
-            observed={n: self._rows_of(s)[0] for n, s in self._observed().items()},
+            observed={n: self._data_of(s) for n, s in self._observed().items()},
+            masks=self._masks(),
             discrete={n: _is_discrete(s) for n, s in self._observed().items()},
             plate_scale=self.plate_scale,
             has_globals=any(not self.is_local(s) for s in self._all_sites()),
@@ -256,6 +257,20 @@ class TraceReader:
     def _rows_of(self, site: dict) -> Tensor:
         table = sample_table(site, self.plate)
         return table.expand(self.num_particles, *table.shape[1:])
+
+    def _data_of(self, site: dict) -> Tensor:
+        table, mask = self._rows_of(site)[0], observed_table(site, self.plate)
+        if mask is not None:
+            table = torch.where(mask, table, torch.zeros_like(table))
+        return table.expand(self.num_data, *table.shape[1:])  # all data may share one value
+
+    def _masks(self) -> dict[str, Tensor]:
+        found = {n: observed_table(s, self.plate) for n, s in self._observed().items()}
+        return {
+            n: mask.expand(self.num_data, *mask.shape[1:])
+            for n, mask in found.items()
+            if mask is not None
+        }
 
     def _global_samples(self) -> dict[str, Tensor]:
         return {

@@ -23,7 +23,9 @@ class Terms:
         global_kl: ``K``, ``global_log_guide - global_log_prior``, or closed forms likewise.
         samples: Site -> ``K x N x (nested plates) x event``; local latents without enumeration.
         global_samples: Site -> ``K x (plates) x event``.
-        observed: Site -> ``N x (nested plates) x event``, the observations in the plate.
+        observed: Site -> ``N x (nested plates) x event``, the observations in the plate; 0 where
+            they are missing.
+        masks: Site -> likewise, True where an entry is observed; sites without a mask are left out.
         discrete: Site -> whether the observations have a density against the counting measure.
         plate_scale: Data in all / data in this run, never multiplied into the terms.
         has_globals: Whether there are sites outside the plate.
@@ -40,6 +42,7 @@ class Terms:
     samples: dict[str, Tensor]
     global_samples: dict[str, Tensor]
     observed: dict[str, Tensor]
+    masks: dict[str, Tensor]
     discrete: dict[str, bool]
     plate_scale: float
     has_globals: bool

@@ -2,9 +2,19 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-__all__ = ["PARTICLES", "depends_on_enumeration", "sample_table", "site_value"]
+from pyro_lvm.distributions.incomplete import completed, observed_entries
+
+__all__ = [
+    "PARTICLES",
+    "complete_value",
+    "depends_on_enumeration",
+    "observed_table",
+    "sample_table",
+    "site_value",
+]
 
 PARTICLES = "num_particles_vectorized"  # Pyro's name for the plate over particles
 
@@ -50,3 +60,35 @@ def depends_on_enumeration(site: dict) -> bool:
     plates = max((-f.dim for f in site["cond_indep_stack"] if f.vectorized), default=0)
     batch = site["value"].shape[: site["value"].dim() - site["fn"].event_dim]
     return any(size > 1 for size in batch[: len(batch) - plates])
+
+
+def observed_table(site: dict, plate: str) -> Tensor | None:
+    """Which entries of an observed site count, ``N x (nested plates) x event``; None if all do.
+
+    What does not count is under the mask of its distribution (`Incomplete`) or of the site itself
+    (``poutine.mask``).
+    """
+    entries, rows = observed_entries(site["fn"]), _rows_mask(site)
+    if entries is None and rows is None:
+        return None
+    mask = torch.ones_like(site["value"], dtype=torch.bool)
+    for part in (entries, rows):
+        mask = mask if part is None else mask & part.to(mask.device)
+    return sample_table({**site, "value": mask}, plate)[0]
+
+
+def complete_value(site: dict) -> Tensor:
+    """The value of an observed site, with what does not count drawn from its distribution."""
+    value, rows = completed(site["fn"], site["value"]), _rows_mask(site)
+    if rows is None:
+        return value
+    return torch.where(rows.to(value.device), value, site["fn"].sample().to(value.dtype))
+
+
+def _rows_mask(site: dict) -> Tensor | None:
+    """The mask of whole events that a site is under, with dimensions for the event."""
+    mask = site["mask"]
+    if mask is None or mask is True:
+        return None
+    mask = torch.as_tensor(mask)
+    return mask.reshape(*mask.shape, *[1] * site["fn"].event_dim)

@@ -4,7 +4,21 @@
 is imported only where Lightning is needed.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from pyro_lvm.training.batches import Batches
 from pyro_lvm.training.fit import Fit, fit
 
-__all__ = ["Batches", "Fit", "fit"]
+if TYPE_CHECKING:
+    from pyro_lvm.training.collapse_metrics import CollapseMetrics
+
+__all__ = ["Batches", "CollapseMetrics", "Fit", "fit"]
+
+
+def __getattr__(name: str) -> Any:
+    """Callbacks, with which Lightning is imported."""
+    if name == "CollapseMetrics":
+        from pyro_lvm.training.collapse_metrics import CollapseMetrics
+
+        return CollapseMetrics
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
