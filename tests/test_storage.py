@@ -441,7 +441,7 @@ def test_types_of_numbers_are_pythons(path):
 
 def test_defaults_are_written():
     arguments = write_records(vae())[-1]["arguments"]
-    assert arguments.keys() == {"encoder", "decoder", "prior", "plate"}
+    assert arguments.keys() == {"encoder", "decoder", "prior", "plate", "fill"}
     assert arguments["plate"] == "data"
 
 
