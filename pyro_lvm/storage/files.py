@@ -94,7 +94,9 @@ def _check_whole(path: str | os.PathLike) -> None:
             raise ValueError(f"Expected {_A_FILE}; got {path}, cut short or of another kind.")
     try:
         with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()
+            # torch takes an entry for a folder by its attributes, and has no values then
+            folders = (entry.filename for entry in file.infolist() if entry.external_attr)
+            damaged = file.testzip() or next(folders, None)
     except Exception as error:
         raise ValueError(f"Expected {_A_FILE}; got {path}, damaged: {error}") from error
     if damaged is not None:
