@@ -547,13 +547,53 @@ def test_what_each_datum_computes_in_its_own_way_has_no_density():
     assert "in another way for each datum" in str(report)
 
 
-def test_global_latents_and_minibatches_are_held():
-    """z ~ N(g, 1) for one draw of g, and the rows of one minibatch."""
+def test_one_draw_of_global_latents_is_held():
+    """z ~ N(g, 1) around one g of the guide, far from where the prior of g draws."""
     problem = PROBLEMS["global_and_local"]()
     report = collapse_report(problem.model, problem.guide)
     assert report.num_data == NUM_DATA
     assert report.aggregate.prior_log_det_covariance == (0.0, 0.0)  # g is the same in all draws
 
+    def far_model(x):
+        mean = pyro.sample("mean", dist.Normal(0.0, 30.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(mean, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    def far_guide(x):
+        mean = pyro.sample("mean", dist.Normal(100.0, 3.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(mean + 0.8 * x, math.sqrt(0.2)))
+
+    x = math.sqrt(1.25) * torch.randn(500)
+    report = collapse_report(far_model, far_guide, x)
+    assert abs(report.aggregate.mmd.value) < 5 * report.aggregate.mmd_null_std_error
+    assert near(report.information.kl_upper, 0.0)
+    assert near(report.information.lower, 0.5 * math.log(5.0))
+
+
+def test_one_minibatch_is_held():
+    """Latents that are far apart: draws of one minibatch belong to no datum of another."""
+    x = 10 * torch.arange(100.0)
+
+    def program(observe):
+        def run():
+            with pyro.plate("data", 100, subsample_size=20) as index:
+                if not observe:
+                    pyro.sample("z", dist.Normal(x[index], 1.0))
+                    return
+                z = pyro.sample("z", dist.Normal(0.0, 1000.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+
+        return run
+
+    report = collapse_report(program(True), program(False), num_samples=4, chunk_size=2)
+    assert report.information.lower.value == pytest.approx(math.log(20), abs=0.01)
+    (latent,) = report.latents
+    assert latent.variance_of_mean > 100
+
+
+def test_point_estimates_of_global_latents():
     def model(x):
         mean = pyro.sample("mean", dist.Normal(0.0, 3.0))
         with pyro.plate("rows", len(x)):
@@ -618,11 +658,21 @@ def test_amortisation_gap_on_request():
 
 
 def test_nothing_is_left_in_the_pair():
+    """Batch normalisation and dropout in both networks, one of them training and one not."""
     x = torch.randn(30, 4)
-    encoder = lvm.nn.MLP(4, [8], head=lvm.nn.NormalHead(2))
-    decoder = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
-    vae = lvm.VAE(encoder, lambda z: dist.Normal(decoder(z), 1.0).to_event(1)).train()
-    vae.decoder_net = decoder
+
+    def network(*sizes):
+        first, middle, last = sizes
+        layers = nn.Linear(first, middle), nn.BatchNorm1d(middle), nn.Dropout(0.5)
+        return nn.Sequential(*layers, nn.Linear(middle, last))
+
+    encoder, decoder = network(4, 8, 2), network(2, 8, 4)
+    vae = lvm.VAE(
+        lambda x: dist.Normal(encoder(x), 1.0).to_event(1),
+        lambda z: dist.Normal(decoder(z), 1.0).to_event(1),
+    )
+    vae.networks = nn.ModuleList([encoder, decoder])
+    vae.train()
     decoder.eval()
     state = {k: v.clone() for k, v in vae.state_dict().items()}
     collapse_report(vae.model, vae.guide, x, refine_steps=2, chunk_size=1)
@@ -769,7 +819,7 @@ def test_metrics_are_those_of_the_report():
 
 def test_metrics_go_on_from_a_checkpoint(tmp_path):
     histories = []
-    for epochs in ((6,), (3, 6)):
+    for epochs in ((6,), (4, 6)):  # the fifth has the number of the fourth
         directory = tmp_path / str(len(epochs))
         for number in epochs:
             vae, x, held_out = vae_and_data()
@@ -788,6 +838,7 @@ def test_metrics_go_on_from_a_checkpoint(tmp_path):
     assert histories[0].keys() == histories[1].keys()
     for name, values in histories[0].items():
         assert values[1:] == histories[1][name][1:]
+    assert histories[1]["mutual_information"][3] == histories[1]["mutual_information"][4]
 
 
 def test_metrics_refuse_before_training():

@@ -402,6 +402,22 @@ def test_other_data_are_refused():
         importance_sampling(problem.model, guide, x, num_samples=5, batch_size=5)
 
 
+def test_other_data_are_refused_in_a_plate_without_a_size():
+    def model(x):
+        with pyro.plate("data"):
+            z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data"):
+            pyro.sample("z", dist.Normal(0.1 * x, 1.0))
+
+    better = refined(model, guide, torch.randn(5), num_steps=300)
+    assert fitted(better, torch.randn(5)).scale == pytest.approx(math.sqrt(0.5), abs=0.1)
+    with pytest.raises(ValueError, match=r"Expected the 5 data of plate 'data'.*got 3"):
+        better(torch.randn(3))
+
+
 def test_a_minibatch_must_be_held():
     problem = PROBLEMS["global_and_local"]()
     with pytest.raises(ValueError, match=r"minibatch that the guide was refined for.*'data'"):
@@ -430,11 +446,14 @@ def guide_of(make):
     return guide
 
 
-class Fixed(dist.Normal):
-    """A normal with a width that is no parameter of it."""
+class Doubled(dist.Normal):
+    """A normal that is not what its parameters say."""
 
-    def __init__(self, loc, scale=None, validate_args=None):
-        super().__init__(loc, 0.5)
+    def __init__(self, loc, scale, validate_args=None):
+        super().__init__(loc, 2 * scale, validate_args=validate_args)
+
+    def expand(self, batch_shape, _instance=None):
+        return super().expand(batch_shape, self._get_checked_instance(Doubled, _instance))
 
 
 @pytest.mark.parametrize(
@@ -450,6 +469,7 @@ class Fixed(dist.Normal):
             {},
             "RelaxedBernoulliStraightThrough at site 'z': it can't be made anew",
         ),
+        (guide_of(lambda x: Doubled(x, torch.ones(()))), {}, "Doubled at site 'z': it is another"),
         (guide_of(lambda x: dist.Normal(x, 1.0)), {"plate": "rows"}, "plate named 'rows'"),
         (guide_of(lambda x: dist.Normal(x, 1.0)), {"num_steps": -1}, "num_steps.*positive"),
         (guide_of(lambda x: dist.Normal(x, 1.0)), {"learning_rate": 0.0}, "learning_rate"),
