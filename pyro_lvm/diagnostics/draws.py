@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_lvm.diagnostics.held import HeldPair
 from pyro_lvm.diagnostics.latent_dimensions import LatentSummary, summarise
+from pyro_lvm.marginal.progress import progress_over
 from pyro_lvm.terms import Terms
 from pyro_lvm.terms.latents import LatentTables
 
@@ -107,12 +107,6 @@ def _runs(
         terms, latents = run(1)
         width = sum(each.values.shape[-1] for each in latents.values())
         chunk_size = max(1, _NUMBERS // (terms.num_data * max(1, width)))
-    starts = tqdm(
-        range(0, num_samples, chunk_size),
-        desc="draws",
-        delay=2.0,
-        disable=None if progress else True,
-        leave=False,
-    )
-    for start in starts:
+    starts = range(0, num_samples, chunk_size)
+    for start in progress_over(starts, "draws", progress):
         yield run(min(chunk_size, num_samples - start))

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from pyro_lvm.checks import check_count
 from pyro_lvm.diagnostics.estimates import Estimate
-from pyro_lvm.diagnostics.held import hold_globals
 from pyro_lvm.diagnostics.tables import aligned
 from pyro_lvm.marginal.importance import importance_sampling
 from pyro_lvm.marginal.log_marginal import LogMarginal, Observations
@@ -20,6 +19,7 @@ from pyro_lvm.pair import (
     PairStructure,
     Program,
     at_rest,
+    hold_globals,
     hold_subsamples,
     inspect_pair,
     modules_of,

@@ -1,21 +1,20 @@
 """A pair as plain distributions of its local latents, with all else held as it is."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_lvm.infer.prior import latent_story, prior_guide
-from pyro_lvm.pair import Given, PairStructure, Program, device_of, hold_subsamples
+from pyro_lvm.pair import PairStructure, Program, hold_globals, hold_subsamples
 from pyro_lvm.terms import Terms, terms_at
 from pyro_lvm.terms.latents import LatentTables, latent_tables
 
-__all__ = ["HeldPair", "hold", "hold_globals"]
+__all__ = ["HeldPair", "hold"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,24 +85,6 @@ def hold(
     )
     story = latent_story(model, structure.local_latents)
     return HeldPair(model, story, guide, args, kwargs, structure)
-
-
-def hold_globals(
-    model: Program, guide: Program, args: tuple, kwargs: dict, *, plate: str
-) -> tuple[Program, Program]:
-    """Let all runs of a pair see one draw of what the guide draws outside the data plate."""
-    with torch.no_grad(), poutine.block(), device_of(args, kwargs):
-        nodes = poutine.trace(guide).get_trace(*args, **kwargs).nodes
-    values = dict(_drawn_outside(nodes, plate))
-    return (Given(values)(model), Given(values)(guide)) if values else (model, guide)
-
-
-def _drawn_outside(nodes: Mapping[str, Any], plate: str) -> Iterator[tuple[str, Tensor]]:
-    for name, site in nodes.items():
-        if site["type"] != "sample" or site["is_observed"] or site_is_subsample(site):
-            continue
-        if not any(frame.name == plate for frame in site["cond_indep_stack"]):
-            yield name, site["value"]
 
 
 class _Drawn:

@@ -1,7 +1,7 @@
 """A pair that is annealed on some arguments: its path, a pilot run, and what chains measure."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,7 +9,6 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_lvm.checks import check_count
 from pyro_lvm.compiled.tracing import footprint
@@ -20,6 +19,7 @@ from pyro_lvm.marginal.hamiltonian import HMC, Densities, Point
 from pyro_lvm.marginal.log_marginal import LogMarginal, Observations
 from pyro_lvm.marginal.path import Path
 from pyro_lvm.marginal.precision import check_precision, in_precision, with_precision
+from pyro_lvm.marginal.progress import progress_bar
 from pyro_lvm.marginal.sampling import samples_at_once
 from pyro_lvm.marginal.temperatures import Temperatures
 from pyro_lvm.marginal.weights import StreamingWeights
@@ -159,13 +159,10 @@ class Annealer:
             num_temperatures=self.kernels.num_steps,
         )
 
-    @contextmanager
-    def _bar(self, total: int | None) -> Iterator[Callable[[], object]]:
+    def _bar(self, total: int | None) -> AbstractContextManager[Callable[..., object]]:
         """What is to be called at every temperature, for a progress bar."""
-        shown = None if self.settings.progress else True
         name = METHOD if total else f"{METHOD}, pilot run"
-        with tqdm(total=total, desc=name, delay=2.0, disable=shown, leave=False) as bar:
-            yield bar.update
+        return progress_bar(name, total, self.settings.progress)
 
 
 @contextmanager

@@ -6,11 +6,11 @@ from typing import Any
 
 import pyro
 import torch
-from tqdm.auto import tqdm
 
 from pyro_lvm.checks import check_count
 from pyro_lvm.marginal.importance import check_proposal
 from pyro_lvm.marginal.log_marginal import LogMarginal, Observations
+from pyro_lvm.marginal.progress import progress_bar
 from pyro_lvm.marginal.sampling import samples_at_once
 from pyro_lvm.marginal.weights import StreamingWeights
 from pyro_lvm.pair import PairStructure, Program, inspect_pair, no_guide
@@ -77,14 +77,7 @@ def evidence(
         **kwargs,
     )
     weights = StreamingWeights(num_samples)
-    bar = tqdm(
-        total=num_samples,
-        desc="evidence",
-        delay=2.0,
-        disable=None if progress else True,
-        leave=False,
-    )
-    with bar, pyro.validation_enabled(False):
+    with progress_bar("evidence", num_samples, progress) as tick, pyro.validation_enabled(False):
         for start in range(0, num_samples, chunk):
             size = min(chunk, num_samples - start)
             if num_local == 1:  # a draw of the global latents for each of the local ones
@@ -96,7 +89,7 @@ def evidence(
                 log_local = log_local - math.log(num_local)
             log_global = (terms.global_log_prior - terms.global_log_guide).double()
             weights.add((log_local.sum(1) + log_global[:size]).unsqueeze(1))
-            bar.update(size)
+            tick(size)
     return weights.summary("evidence", Observations.of(terms).together(), advice=_ADVICE)
 
 

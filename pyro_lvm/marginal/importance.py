@@ -1,14 +1,12 @@
 """log p(x) by importance sampling, with the guide as the proposal."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from pyro_lvm.checks import check_count
 from pyro_lvm.marginal.log_marginal import LogMarginal
-from pyro_lvm.marginal.minibatches import in_minibatches
 from pyro_lvm.marginal.sampling import averaged_weights
 from pyro_lvm.pair import PairStructure, Program, inspect_pair, no_guide
 
@@ -72,22 +70,19 @@ def importance_sampling(
     guide = no_guide if guide is None else guide
     structure = inspect_pair(model, guide, args, kwargs, plate=plate)
     check_proposal(structure, structure.local_latents)
-
-    def estimate(args: tuple, kwargs: dict, num_data: int) -> LogMarginal:
-        return averaged_weights(
-            model,
-            guide,
-            args,
-            kwargs,
-            replace(structure, num_data=num_data),
-            num_samples=num_samples,
-            chunk_size=chunk_size,
-            method="importance sampling",
-            advice=_ADVICE,
-            progress=progress,
-        )
-
-    return in_minibatches(estimate, args, kwargs, structure, batch_size)
+    return averaged_weights(
+        model,
+        guide,
+        args,
+        kwargs,
+        structure,
+        num_samples=num_samples,
+        chunk_size=chunk_size,
+        batch_size=batch_size,
+        method="importance sampling",
+        advice=_ADVICE,
+        progress=progress,
+    )
 
 
 def check_proposal(structure: PairStructure, latents: Sequence[str]) -> None:

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_lvm.checks import check_count
 from pyro_lvm.marginal.importance import check_proposal
 from pyro_lvm.marginal.log_marginal import Observations
+from pyro_lvm.marginal.progress import progress_bar
 from pyro_lvm.marginal.sampling import samples_at_once
 from pyro_lvm.marginal.weights import StreamingWeights
 from pyro_lvm.pair import (
@@ -214,14 +214,7 @@ def impute(
         plate=plate,
     )
     parts: list[_Part] = []
-    bar = tqdm(
-        total=num_samples,
-        desc="imputation",
-        delay=2.0,
-        disable=None if progress else True,
-        leave=False,
-    )
-    with bar, pyro.validation_enabled(False):
+    with progress_bar("imputation", num_samples, progress) as tick, pyro.validation_enabled(False):
         for group in _sizes(num_samples, math.isqrt(num_samples) if grouped else num_samples):
             pair = model, guide
             if grouped:
@@ -229,7 +222,7 @@ def impute(
             drawn = [draw(*pair, num_particles=size) for size in _sizes(group, chunk)]
             _check_masks(drawn[0].terms)
             parts.append(_Part.of(drawn, relative=grouped))
-            bar.update(group)
+            tick(group)
     return _joined(parts, drawn[0].terms)
 
 

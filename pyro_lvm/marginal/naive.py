@@ -1,7 +1,6 @@
 """log p(x) by plain averages over latents that have seen no data."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from pyro_lvm.checks import check_count
 from pyro_lvm.distributions.uniform_over import UniformOver
 from pyro_lvm.infer.prior import prior_guide
 from pyro_lvm.marginal.log_marginal import LogMarginal
-from pyro_lvm.marginal.minibatches import in_minibatches
 from pyro_lvm.marginal.sampling import averaged_weights
 from pyro_lvm.pair import Program, device_of, inspect_pair, unmasked, untouched_random_state
 
@@ -78,22 +76,19 @@ def naive_monte_carlo(
     guide = unmasked(_Uniform(frozenset(uniform))(guide), uniform)
     story = unmasked(model, uniform)
     structure = inspect_pair(story, guide, args, kwargs, plate=plate)
-
-    def estimate(args: tuple, kwargs: dict, num_data: int) -> LogMarginal:
-        return averaged_weights(
-            story,
-            guide,
-            args,
-            kwargs,
-            replace(structure, num_data=num_data),
-            num_samples=num_samples,
-            chunk_size=chunk_size,
-            method="naive Monte Carlo",
-            advice=_ADVICE,
-            progress=progress,
-        )
-
-    return in_minibatches(estimate, args, kwargs, structure, batch_size)
+    return averaged_weights(
+        story,
+        guide,
+        args,
+        kwargs,
+        structure,
+        num_samples=num_samples,
+        chunk_size=chunk_size,
+        batch_size=batch_size,
+        method="naive Monte Carlo",
+        advice=_ADVICE,
+        progress=progress,
+    )
 
 
 def _latents(model: Program, args: tuple, kwargs: dict) -> list[str]:

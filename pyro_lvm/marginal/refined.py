@@ -5,11 +5,11 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_lvm.checks import check_count, check_positive
 from pyro_lvm.infer import TraceInfo_ELBO
 from pyro_lvm.marginal.offsets import Offsets
+from pyro_lvm.marginal.progress import progress_over
 from pyro_lvm.pair import Program, at_rest, device_of, inspect_pair, modules_of
 
 __all__ = ["refined"]
@@ -95,16 +95,9 @@ def refined(
             max_plate_nesting=structure.max_plate_nesting,
         )
         climb = _Climb(offsets, num_steps, learning_rate)
-        steps = tqdm(
-            range(num_steps),
-            desc="refining",
-            delay=2.0,
-            disable=None if progress else True,
-            leave=False,
-        )
         with torch.enable_grad(), device_of(args, kwargs), pyro.validation_enabled(False):
             program = offsets(guide)
-            for step in steps:
+            for step in progress_over(range(num_steps), "refining", progress):
                 try:
                     loss = elbo.differentiable_loss(model, program, *args, **kwargs)
                 except RuntimeError as error:
