@@ -14,6 +14,7 @@ from pyro.nn import PyroModule
 from torch import nn
 
 import pyro_lvm as lvm
+from pyro_lvm.compiled import recorded
 from pyro_lvm.datasets import linear_gaussian
 from pyro_lvm.marginal import (
     HMC,
@@ -22,7 +23,6 @@ from pyro_lvm.marginal import (
     SigmoidTemperatures,
     annealed_importance_sampling,
     importance_sampling,
-    recorded,
 )
 from pyro_lvm.marginal.chains import Kernels, anneal, anneal_back, pilot_run
 from pyro_lvm.marginal.ends import ends_of

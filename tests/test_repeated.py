@@ -67,7 +67,7 @@ def test_what_does_not_change_is_computed_once():
     runs(recorded)
     assert len(calls) == before
     # two layers of the decoder are left
-    assert len(recorded._graph.graph.find_nodes(op="call_function", target=products)) == 2
+    assert len(recorded._rest.module.graph.find_nodes(op="call_function", target=products)) == 2
 
 
 def test_what_is_changed_in_place_is_changed_in_every_run():

@@ -5,12 +5,13 @@ encoder, the parameters of q(z | x) and their logarithms; the draws, the decoder
 are left. Python runs once, and the recording without it afterwards.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
+from pyro_lvm.compiled.graphs import rest_of
 from pyro_lvm.compiled.inductor import compile_step
 from pyro_lvm.compiled.recording import NotRecordable, difference, reason_of
 from pyro_lvm.compiled.tracing import trace
@@ -68,18 +69,14 @@ class Repeated:
     """
 
     def __init__(self, module: fx.GraphModule, constants: list[Tensor]) -> None:
-        varying = _varying(module.graph)
-        _check_shapes(varying)
-        graph, kept = _without(module.graph, varying)
-        _shorten(graph.graph)
-        graph.recompile()
-        self._graph, self._fixed = graph, _values(module, constants, kept)
-        self._run: Callable[..., Any] = graph
+        self._rest = rest_of(module.graph, constants)
+        _shorten(self._rest.module)
+        self._run: Callable[..., Any] = self._rest.module
 
     @torch.no_grad()
     def __call__(self) -> Outputs:
         """Run it with new random numbers."""
-        return list(self._run(*self._fixed))
+        return list(self._run(*self._rest.inputs))
 
     @torch.no_grad()
     def compile(self) -> None:
@@ -89,86 +86,16 @@ class Repeated:
             NotRecordable: With the reason, if it can't be compiled.
         """
         try:
-            run = compile_step(self._graph, self._fixed)
-            run(*self._fixed)
+            run = compile_step(*self._rest)
+            run(*self._rest.inputs)
         except Exception as error:
             raise NotRecordable(reason_of(error)) from error
         self._run = run
 
 
-def _varying(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes that depend on random numbers, or on what is changed in place."""
-    changed = {node for op in graph.nodes for node in _changed_by(op)}
-    varying: set[fx.Node] = set()
-    for node in graph.nodes:
-        tags = getattr(node.target, "tags", ())
-        is_drawn = torch.Tag.nondeterministic_seeded in tags
-        depends = not varying.isdisjoint(node.all_input_nodes)
-        if node.op != "placeholder" and (is_drawn or depends or node in changed):
-            varying.add(node)
-        if any(True for _ in _changed_by(node)):
-            varying.add(node)
-    return varying
-
-
-def _changed_by(node: fx.Node) -> Iterator[fx.Node]:
-    """What an operation writes into, and the tensors that this is a view of."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or not schema.is_mutable:
-        return
-    for argument, value in _arguments(node):
-        info = argument.alias_info
-        while info is not None and info.is_write and isinstance(value, fx.Node):
-            yield value
-            value = _base(value)
-
-
-def _base(node: fx.Node) -> fx.Node | None:
-    """What a node is a view of."""
-    if getattr(node.target, "_schema", None) is None:
-        return None
-    views = (v for a, v in _arguments(node) if a.alias_info is not None)
-    return next((v for v in views if isinstance(v, fx.Node)), None)
-
-
-def _arguments(node: fx.Node) -> Iterator[tuple[Any, Any]]:
-    """The arguments of an operation as its schema has them, and their values."""
-    target: Any = node.target
-    for i, argument in enumerate(target._schema.arguments):
-        yield argument, node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
-
-
-def _check_shapes(varying: set[fx.Node]) -> None:
-    for node in varying:
-        if torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ()):
-            if node.target is _aten.index.Tensor and not _by_mask(node):
-                continue
-            raise ValueError(f"the shape of a tensor depends on random numbers ({node.target})")
-
-
-def _by_mask(node: fx.Node) -> bool:
-    indices: Any = node.args[1]
-    given = [i for i in indices if isinstance(i, fx.Node)]
-    return any(i.meta["val"].dtype in (torch.bool, torch.uint8) for i in given)
-
-
-def _without(graph: fx.Graph, varying: set[fx.Node]) -> tuple[fx.GraphModule, list[fx.Node]]:
-    """The varying part, and the nodes of the other one that it takes as arguments, in order."""
-    (output,) = graph.find_nodes(op="output")
-    needed = [i for node in graph.nodes if node in varying for i in node.all_input_nodes]
-    needed += output.all_input_nodes
-    kept = list(dict.fromkeys(node for node in needed if node not in varying))
-    rest = fx.Graph()
-    copies: dict[fx.Node, Any] = {n: rest.placeholder(f"fixed_{i}") for i, n in enumerate(kept)}
-    for node in graph.nodes:
-        if node in varying:
-            copies[node] = rest.node_copy(node, copies.__getitem__)
-    rest.output(fx.node.map_arg(output.args[0], copies.__getitem__))
-    return fx.GraphModule(nn.Module(), rest), kept
-
-
-def _shorten(graph: fx.Graph) -> None:
+def _shorten(module: fx.GraphModule) -> None:
     """The log-probability of a Bernoulli with less to write: x l - softplus(l), of logits l."""
+    graph = module.graph
     for node in graph.find_nodes(op="call_function", target=_aten.neg.default):
         loss: Any = node.args[0]
         if loss.target is not _aten.binary_cross_entropy_with_logits.default or len(loss.users) > 1:
@@ -182,20 +109,4 @@ def _shorten(graph: fx.Graph) -> None:
             node.replace_all_uses_with(log_prob)
             graph.erase_node(node)
             graph.erase_node(loss)
-
-
-def _values(module: fx.GraphModule, constants: list[Tensor], kept: list[fx.Node]) -> list[Any]:
-    """The values of some nodes that depend on nothing but constants."""
-    graph, copies = fx.Graph(), {}
-    wanted = set(kept)
-    for node in reversed(list(module.graph.nodes)):
-        if node in wanted:
-            wanted.update(node.all_input_nodes)
-    for node in module.graph.nodes:
-        if node.op == "placeholder":
-            copies[node] = graph.placeholder(node.name)
-        elif node in wanted:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output([copies[node] for node in kept])
-    with torch.no_grad():
-        return list(fx.GraphModule(module, graph)(*constants))
+    module.recompile()

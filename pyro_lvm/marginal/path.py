@@ -5,10 +5,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from pyro_lvm.compiled.recorded import Recorded
 from pyro_lvm.marginal.coordinates import Coordinates
 from pyro_lvm.marginal.ends import Ends, sites_of
 from pyro_lvm.marginal.hamiltonian import Densities, Point
-from pyro_lvm.marginal.recorded import Recorded
 
 __all__ = ["Path"]
 

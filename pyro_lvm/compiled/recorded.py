@@ -6,10 +6,10 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor, fx
 
+from pyro_lvm.compiled.graphs import Rest, rest_of, without_idle_nodes
 from pyro_lvm.compiled.inductor import compile_step
 from pyro_lvm.compiled.recording import reason_of
 from pyro_lvm.compiled.tracing import trace
-from pyro_lvm.marginal.graphs import Rest, of_first, without_idle_nodes
 from pyro_lvm.pair import untouched_random_state
 
 __all__ = ["Recorded"]
@@ -56,7 +56,7 @@ class Recorded:
         if self.reason is not None:
             return lambda x: self.function(x, *others)
         graph, constants = self._graphs[key]
-        rest = of_first(graph, [*constants, *others], len(constants))
+        rest = rest_of(graph, [*constants, *others], changing=[len(constants)])
         if num_calls * _numbers(rest.module.graph) < _WORTH_COMPILING:
             return rest.run
         if key not in self._compiled:
@@ -71,7 +71,8 @@ class Recorded:
             try:
                 module, constants = trace(self.function, [], (example, *others))
                 graph = without_idle_nodes(module.graph)
-                result = of_first(graph, [*constants, *others], len(constants)).run(elsewhere)
+                rest = rest_of(graph, [*constants, *others], changing=[len(constants)])
+                result = rest.run(elsewhere)
             except Exception as error:
                 self._give_up(reason_of(error))
                 return
