@@ -24,10 +24,10 @@ from pyro_lvm.marginal import (
     annealed_importance_sampling,
     importance_sampling,
 )
-from pyro_lvm.marginal.chains import Kernels, anneal, anneal_back, pilot_run
-from pyro_lvm.marginal.ends import ends_of
-from pyro_lvm.marginal.hamiltonian import Point, transition
-from pyro_lvm.marginal.path import Path
+from pyro_lvm.marginal.annealing.chains import Kernels, anneal, anneal_back, pilot_run
+from pyro_lvm.marginal.annealing.ends import ends_of
+from pyro_lvm.marginal.annealing.hamiltonian import Point, transition
+from pyro_lvm.marginal.annealing.path import Path
 
 pytestmark = pytest.mark.usefixtures("float64")
 

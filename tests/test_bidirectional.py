@@ -13,8 +13,8 @@ from pyro import poutine
 import pyro_lvm as lvm
 from pyro_lvm.datasets import linear_gaussian
 from pyro_lvm.marginal import HMC, BidirectionalBound, bidirectional
-from pyro_lvm.marginal.chains import Kernels, anneal, anneal_back
-from pyro_lvm.marginal.hamiltonian import Point
+from pyro_lvm.marginal.annealing.chains import Kernels, anneal, anneal_back
+from pyro_lvm.marginal.annealing.hamiltonian import Point
 from pyro_lvm.plots import plot_bidirectional
 
 pytestmark = pytest.mark.usefixtures("float64")

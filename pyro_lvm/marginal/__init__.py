@@ -1,11 +1,18 @@
 """Estimates of log p(x), per datum and with error bars, for any (model, guide) pair."""
 
-from pyro_lvm.marginal.acceptance import AnnealedLogMarginal
-from pyro_lvm.marginal.annealed import annealed_importance_sampling
-from pyro_lvm.marginal.bidirectional import BidirectionalBound, bidirectional
+from pyro_lvm.marginal.annealing import (
+    HMC,
+    AdaptiveTemperatures,
+    AnnealedLogMarginal,
+    BidirectionalBound,
+    LinearTemperatures,
+    SigmoidTemperatures,
+    Temperatures,
+    annealed_importance_sampling,
+    bidirectional,
+)
 from pyro_lvm.marginal.evidence import evidence
 from pyro_lvm.marginal.exact import exact
-from pyro_lvm.marginal.hamiltonian import HMC
 from pyro_lvm.marginal.importance import importance_sampling
 from pyro_lvm.marginal.imputation import Imputation, impute
 from pyro_lvm.marginal.kernel_density import kernel_density
@@ -14,12 +21,6 @@ from pyro_lvm.marginal.naive import naive_monte_carlo
 from pyro_lvm.marginal.noise import with_gaussian_noise
 from pyro_lvm.marginal.proposal import widened
 from pyro_lvm.marginal.refined import refined
-from pyro_lvm.marginal.temperatures import (
-    AdaptiveTemperatures,
-    LinearTemperatures,
-    SigmoidTemperatures,
-    Temperatures,
-)
 
 __all__ = [
     "HMC",

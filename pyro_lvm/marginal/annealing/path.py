@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from pyro_lvm.compiled.recorded import Recorded
-from pyro_lvm.marginal.coordinates import Coordinates
-from pyro_lvm.marginal.ends import Ends, sites_of
-from pyro_lvm.marginal.hamiltonian import Densities, Point
+from pyro_lvm.marginal.annealing.coordinates import Coordinates
+from pyro_lvm.marginal.annealing.ends import Ends, sites_of
+from pyro_lvm.marginal.annealing.hamiltonian import Densities, Point
 
 __all__ = ["Path"]
 

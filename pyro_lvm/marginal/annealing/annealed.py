@@ -4,14 +4,14 @@ from typing import Any
 
 import torch
 
-from pyro_lvm.marginal.acceptance import AnnealedLogMarginal
-from pyro_lvm.marginal.annealer import Annealer, Settings, ready
-from pyro_lvm.marginal.ends import Start, ends_of
-from pyro_lvm.marginal.hamiltonian import HMC
+from pyro_lvm.marginal.annealing.acceptance import AnnealedLogMarginal
+from pyro_lvm.marginal.annealing.annealer import Annealer, Settings, ready
+from pyro_lvm.marginal.annealing.ends import Start, ends_of
+from pyro_lvm.marginal.annealing.hamiltonian import HMC
+from pyro_lvm.marginal.annealing.temperatures import Temperatures, schedule_of
 from pyro_lvm.marginal.log_marginal import LogMarginal
 from pyro_lvm.marginal.minibatches import in_minibatches
 from pyro_lvm.marginal.noise import assumption_of
-from pyro_lvm.marginal.temperatures import Temperatures, schedule_of
 from pyro_lvm.pair import Program
 
 __all__ = ["annealed_importance_sampling"]

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from pyro_lvm.infer.prior import sample_prior_sites
-from pyro_lvm.marginal.annealer import Annealer, Settings, ready
-from pyro_lvm.marginal.ends import Ends, Start, ends_of
-from pyro_lvm.marginal.hamiltonian import HMC
+from pyro_lvm.marginal.annealing.annealer import Annealer, Settings, ready
+from pyro_lvm.marginal.annealing.ends import Ends, Start, ends_of
+from pyro_lvm.marginal.annealing.hamiltonian import HMC
+from pyro_lvm.marginal.annealing.simulated import simulated_pair
+from pyro_lvm.marginal.annealing.temperatures import Temperatures, schedule_of
 from pyro_lvm.marginal.log_marginal import LogMarginal
 from pyro_lvm.marginal.minibatches import in_minibatches
 from pyro_lvm.marginal.noise import assumption_of
-from pyro_lvm.marginal.simulated import simulated_pair
-from pyro_lvm.marginal.temperatures import Temperatures, schedule_of
 from pyro_lvm.pair import Program, device_of
 from pyro_lvm.terms import sample_table
 

@@ -12,7 +12,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_lvm.infer.prior import prior_guide, sample_prior_sites
-from pyro_lvm.marginal.coordinates import support_of
+from pyro_lvm.marginal.annealing.coordinates import support_of
 from pyro_lvm.pair import (
     PairStructure,
     Program,

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_lvm.marginal.hamiltonian import HMC, Densities, Point, transition
-from pyro_lvm.marginal.temperatures import Temperatures
+from pyro_lvm.marginal.annealing.hamiltonian import HMC, Densities, Point, transition
+from pyro_lvm.marginal.annealing.temperatures import Temperatures
 
 __all__ = ["Annealed", "Kernels", "anneal", "anneal_back", "pilot_run"]
 

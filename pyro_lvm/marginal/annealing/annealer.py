@@ -12,16 +12,16 @@ from torch import Tensor
 
 from pyro_lvm.checks import check_count
 from pyro_lvm.compiled.tracing import footprint
-from pyro_lvm.marginal.acceptance import AnnealedLogMarginal
-from pyro_lvm.marginal.chains import Annealed, Kernels, anneal, anneal_back, pilot_run
-from pyro_lvm.marginal.ends import Ends
-from pyro_lvm.marginal.hamiltonian import HMC, Densities, Point
+from pyro_lvm.marginal.annealing.acceptance import AnnealedLogMarginal
+from pyro_lvm.marginal.annealing.chains import Annealed, Kernels, anneal, anneal_back, pilot_run
+from pyro_lvm.marginal.annealing.ends import Ends
+from pyro_lvm.marginal.annealing.hamiltonian import HMC, Densities, Point
+from pyro_lvm.marginal.annealing.path import Path
+from pyro_lvm.marginal.annealing.precision import check_precision, in_precision, with_precision
+from pyro_lvm.marginal.annealing.temperatures import Temperatures
 from pyro_lvm.marginal.log_marginal import LogMarginal, Observations
-from pyro_lvm.marginal.path import Path
-from pyro_lvm.marginal.precision import check_precision, in_precision, with_precision
 from pyro_lvm.marginal.progress import progress_bar
 from pyro_lvm.marginal.sampling import samples_at_once
-from pyro_lvm.marginal.temperatures import Temperatures
 from pyro_lvm.marginal.weights import StreamingWeights
 from pyro_lvm.pair import Program, device_of, untouched_random_state
 
