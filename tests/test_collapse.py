@@ -793,12 +793,17 @@ def test_metrics_leave_training_as_it_was(compile):
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert torch.equal(after_plain, after_watched)
     assert fit.history["loss"] == plain.history["loss"]
-    new = {"active_units", "mutual_information", "aggregate_kl", "log_det_covariance"}
+    new = {
+        "latents/active_units",
+        "latents/mutual_information",
+        "latents/aggregate_kl",
+        "latents/log_det_covariance",
+    }
     assert fit.history.keys() - plain.history.keys() == new
     for name in new:
         values = fit.history[name]
         assert math.isnan(values[0])
-        assert values[1] == values[2] != values[3] or name == "active_units"
+        assert values[1] == values[2] != values[3] or name == "latents/active_units"
         assert values[3] == values[4]
 
 
@@ -806,14 +811,22 @@ def test_metrics_are_those_of_the_report():
     vae, x, held_out = vae_and_data()
     fit = lvm.fit(vae.model, vae.guide, x, epochs=3, seed=1, callbacks=[CollapseMetrics(held_out)])
     report = collapse_report(vae.model, vae.guide, held_out, num_samples=16, num_draws=500)
-    assert fit.history["active_units"][-1] == report.num_active
+    assert fit.history["latents/active_units"][-1] == report.num_active
     found = report.information
-    assert abs(fit.history["mutual_information"][-1] - found.lower.value) < 0.3
-    total = fit.history["mutual_information"][-1] + fit.history["aggregate_kl"][-1]
+    assert abs(fit.history["latents/mutual_information"][-1] - found.lower.value) < 0.3
+    total = fit.history["latents/mutual_information"][-1] + fit.history["latents/aggregate_kl"][-1]
     assert total == pytest.approx(report.kl.value, rel=1e-5)
     log_det = report.aggregate.log_det_covariance
-    assert abs(fit.history["log_det_covariance"][-1] - log_det.value) < 10 * log_det.std_error
-    lvm.plots.plot_history(fit.history)
+    assert (
+        abs(fit.history["latents/log_det_covariance"][-1] - log_det.value) < 10 * log_det.std_error
+    )
+    last = fit.history["latents/active_units"][fit.best_epoch]
+    nats, measured = str(fit).splitlines()[1:]
+    assert "latents" not in nats
+    assert measured.startswith(f"  measured: latents/active_units {last:.3f}, latents/mutual")
+    ax = lvm.plots.plot_history(fit.history)
+    assert {line.get_label() for line in ax.get_lines()} == {"loss", "reconstruction", "kl[z]"}
+    lvm.plots.plot_history(fit.history, terms=["latents/mutual_information"])
     plt.close("all")
 
 
@@ -838,7 +851,10 @@ def test_metrics_go_on_from_a_checkpoint(tmp_path):
     assert histories[0].keys() == histories[1].keys()
     for name, values in histories[0].items():
         assert values[1:] == histories[1][name][1:]
-    assert histories[1]["mutual_information"][3] == histories[1]["mutual_information"][4]
+    assert (
+        histories[1]["latents/mutual_information"][3]
+        == histories[1]["latents/mutual_information"][4]
+    )
 
 
 def test_metrics_refuse_before_training():
@@ -860,8 +876,8 @@ def test_metrics_of_discrete_latents():
         epochs=2,
         callbacks=[CollapseMetrics(*problem.args)],
     )
-    assert {"mutual_information", "aggregate_kl"} <= fit.history.keys()
-    assert not {"active_units", "log_det_covariance"} & fit.history.keys()
+    assert {"latents/mutual_information", "latents/aggregate_kl"} <= fit.history.keys()
+    assert not {"latents/active_units", "latents/log_det_covariance"} & fit.history.keys()
 
 
 # -------------------------------------------------------------------------------------- pictures

@@ -1,6 +1,5 @@
 """The Gaussian mixture as a Pyro pair, its label enumerated."""
 
-import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, get_args
@@ -22,8 +21,8 @@ from pyro_lvm.models.gaussian_moments import (
     Covariance,
     Table,
     maximum_likelihood,
-    moments_given,
 )
+from pyro_lvm.models.mixture_start import clusters, deviations_of
 from pyro_lvm.pair import Masks
 from pyro_lvm.pair.masks import entry_mask
 
@@ -133,10 +132,13 @@ class GaussianMixture(Model):
         self._check(x)
         check_data("x", x, ndim=2, floating=True)
         data = x.detach().to("cpu", torch.float64)
-        deviations = self._deviations(data, torch.finfo(x.dtype).eps)
+        spherical = self.covariance == "spherical"
+        deviations = deviations_of(data, torch.finfo(x.dtype).eps, spherical=spherical)
         if not self._floor_is_given:
             self.floor.copy_(1e-3 * deviations)
-        start = self._start(data, deviations)._asdict()
+        start = clusters(
+            data, self._shapes(), deviations, 2 * self.floor.to(data), spherical=spherical
+        )._asdict()
         like = next(iter(self.parameters()), x)
         self._declare({n: start[n].to(like.device, like.dtype) for n in self._shapes()})
         return self
@@ -356,33 +358,11 @@ class GaussianMixture(Model):
                     f"Try .expand({tuple(value.shape)}).to_event({value.dim()})."
                 )
 
-    def _deviations(self, x: Tensor, precision: float) -> Tensor:
-        """Standard deviations by feature, those that are only rounding replaced; like ``floor``."""
-        variances = x.var(0, unbiased=False)
-        varies = variances.sqrt() > precision * x.abs().amax(0)
-        typical = variances[varies].mean() if varies.any() else torch.ones(()).to(x)
-        variances = torch.where(varies, variances, typical)
-        return (typical if self.covariance == "spherical" else variances).sqrt().reshape(1, -1)
-
     def _table(self) -> Table:
         """The parameters where they are, in float64."""
         with torch.no_grad():
             table = Table(**{n: getattr(self, n).detach().double() for n in self._shapes()})
         return table if table.tril is None else table._replace(tril=table.tril.tril(-1))
-
-    def _start(self, x: Tensor, deviations: Tensor) -> Table:
-        """The parameters of k-means clusters; x is ``N x D`` (float64, CPU)."""
-        shapes = self._shapes()
-        whole = Table(  # one Gaussian for all data, as many times as there are components
-            torch.full(shapes["weights"], 1 / self.num_components).to(x),
-            x.mean(0).expand(shapes["loc"]),
-            deviations.expand(shapes["scale"]),
-            torch.zeros(shapes["tril"]).to(x) if "tril" in shapes else None,
-        )
-        moments, _ = moments_given(x, whole, labels=_kmeans(x, self.num_components))
-        spherical = self.covariance == "spherical"
-        start = maximum_likelihood(moments, whole, 2 * self.floor.to(x), spherical=spherical)
-        return start._replace(weights=(moments.counts + 1) / (len(x) + self.num_components))
 
     def _check(self, x: Tensor) -> None:
         if not isinstance(x, Tensor) or x.dim() != 2 or len(x) == 0 or not x.is_floating_point():
@@ -392,16 +372,3 @@ class GaussianMixture(Model):
                 f"Expected x with {self.num_features} features, N x {self.num_features}; got shape "
                 f"{tuple(x.shape)}."
             )
-
-
-def _kmeans(x: Tensor, num_clusters: int) -> Tensor:
-    """Labels of k-means after a k-means++ start, ``N``."""
-    from sklearn.cluster import KMeans
-
-    if len(x) < num_clusters:
-        raise ValueError(f"Expected at least {num_clusters} data to start from; got {len(x)}.")
-    seed = int(torch.randint(2**31 - 1, ()))
-    with warnings.catch_warnings():  # fewer distinct points than clusters: some start empty
-        warnings.filterwarnings("ignore", message="Number of distinct clusters")
-        fitted = KMeans(num_clusters, init="k-means++", n_init=1, random_state=seed).fit(x.numpy())
-    return torch.as_tensor(fitted.labels_, dtype=torch.long)

@@ -28,7 +28,8 @@ def plot_history(
     Args:
         history: The values of each term, one per epoch, in nats per datum. The term ``"loss"``
             on validation data is called ``"validation/loss"``.
-        terms: The terms to draw, without the prefix; all of them if None.
+        terms: The terms to draw, without the prefix; all parts of the loss if None, and so nothing
+            that a callback has measured, such as ``"latents/active_units"``.
         ax: Where to draw; a new figure if None.
 
     Returns:
@@ -38,7 +39,8 @@ def plot_history(
         ValueError: If a term is not in ``history``, or there is nothing to draw.
     """
     known = list(dict.fromkeys(name.removeprefix(_VALIDATION) for name in history))
-    chosen = known if terms is None else list(dict.fromkeys(terms))
+    parts = [name for name in known if "/" not in name]
+    chosen = parts if terms is None else list(dict.fromkeys(terms))
     unknown = [term for term in chosen if term not in known]
     if unknown or not chosen:
         raise ValueError(f"Expected terms among {known}; got {unknown or 'none'}.")

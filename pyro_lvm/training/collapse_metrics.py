@@ -19,7 +19,7 @@ class CollapseMetrics(pl.Callback):
 
         lvm.fit(model, guide, x, callbacks=[CollapseMetrics(x_valid, every=5)])
 
-    They are called
+    They are called, all with ``latents/`` before their names,
 
     * ``active_units``: how many dimensions of the continuous latents are active;
     * ``mutual_information``: I_q(x; z), bound from below, nats;
@@ -114,7 +114,7 @@ def _numbers(report: CollapseReport) -> dict[str, float]:
         found["aggregate_kl"] = report.information.kl_upper.value
     if report.aggregate is not None:
         found["log_det_covariance"] = report.aggregate.log_det_covariance.value
-    return found
+    return {f"latents/{name}": value for name, value in found.items()}
 
 
 def _on(device: torch.device, value: Any) -> Any:

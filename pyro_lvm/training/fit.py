@@ -18,24 +18,21 @@ from pyro_lvm.compiled.step_graph import Clip
 from pyro_lvm.infer import TraceInfo_ELBO
 from pyro_lvm.pair import Program, modules_of
 from pyro_lvm.training.batches import Batches
-from pyro_lvm.training.checkpoint import newest
 from pyro_lvm.training.choice import Compile, takes_compiled_steps
 from pyro_lvm.training.ending import settled, warn_at_end, warn_of_each
 from pyro_lvm.training.groups import Groups
-from pyro_lvm.training.loaders import Loaded
+from pyro_lvm.training.minibatches import Minibatches, device_for, in_minibatches
 from pyro_lvm.training.preflight import (
-    check_alike,
     check_checkpoints,
     check_loss,
     check_pair,
     check_patience,
-    check_same_run,
     check_settings,
 )
 from pyro_lvm.training.result import Fit, Stopped
+from pyro_lvm.training.resuming import as_before, description, last_checkpoint
 from pyro_lvm.training.schedules import (
     advance,
-    describe_schedules,
     is_weight,
     last_positions,
     too_short,
@@ -53,11 +50,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Fit", "Stopped", "fit"]
 
-Minibatches = Batches | Loaded
 MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 MakeScheduler = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 _STEPS_IN_A_GROUP = 32  # Lightning's work around a batch is done once for as many compiled steps
-_EVALUATION_BATCH = 1024  # validation needs no gradients, so that larger batches fit
 
 
 def fit(
@@ -184,14 +179,8 @@ def fit(
     directory = check_checkpoints(checkpoint_dir, checkpoint_every, resume)
     settings = dict(trainer or {})
     check_settings(settings)
-    batches = _minibatches(data, batch_size, shuffle=True, name="data")
-    held_out = None
-    if validation is not None:
-        held_out = _minibatches(
-            validation, max(batch_size, _EVALUATION_BATCH), shuffle=False, name="validation"
-        )
-        check_alike(batches, held_out)
-    target = device_of_process(_device(device, batches), settings)
+    batches, held_out = in_minibatches(data, validation, batch_size)
+    target = device_of_process(device_for(device, batches), settings)
     if seed is not None:
         pyro.set_rng_seed(seed)
     start = time.perf_counter()
@@ -203,7 +192,7 @@ def fit(
         (model, guide, elbo, optimizer or _adam, scheduler), batches, held_out, plate
     )
     compiled = takes_compiled_steps(
-        _as_before(compile, directory) if resume else compile,
+        as_before(compile, directory) if resume else compile,
         batches,
         module.make_optimizer,
         epochs=epochs,
@@ -224,8 +213,8 @@ def fit(
     with moved(module, target):
         advance(module.schedules, step=0, epoch=0)
         if directory is not None:
-            run = _description(module, batches, held_out, seed, compiled=compiled)
-            checkpoint = _last_checkpoint(directory, run, epochs) if resume else None
+            run = description(module, batches, held_out, seed, compiled=compiled)
+            checkpoint = last_checkpoint(directory, run, epochs) if resume else None
             fresh = checkpoint is None
             module.goes_on_from = None if checkpoint is None else checkpoint.name
             callbacks.append(Checkpoints(directory, checkpoint_every, best, run, fresh=fresh))
@@ -242,15 +231,7 @@ def fit(
         )
     stopped = settled(module, best, example, stopped)
     warn_at_end(module, best.epoch, foretold)
-    return Fit(
-        history=module.history,
-        best_epoch=best.epoch,
-        stopped=stopped,
-        seconds=time.perf_counter() - start,
-        num_parameters=sum(p.numel() for p in module.trained),
-        diagnosis=module.diagnosis,
-        weights=tuple(name for name in module.history if is_weight(name, module.schedules)),
-    )
+    return _result(module, best.epoch, stopped, time.perf_counter() - start)
 
 
 def _checked_module(
@@ -278,6 +259,18 @@ def _checked_module(
             module.configure_optimizers()  # raises here, and not when all is under way
         check_loss(module, batches.smallest, held_out)
     return module
+
+
+def _result(module: "PairModule", best_epoch: int | None, stopped: Stopped, seconds: float) -> Fit:
+    return Fit(
+        history=module.history,
+        best_epoch=best_epoch,
+        stopped=stopped,
+        seconds=seconds,
+        num_parameters=sum(p.numel() for p in module.trained),
+        diagnosis=module.diagnosis,
+        weights=tuple(name for name in module.history if is_weight(name, module.schedules)),
+    )
 
 
 def _compiled(module: "PairModule", settings: dict[str, Any]) -> "PairModule":
@@ -341,66 +334,5 @@ def _train(
     return "no improvement" if waiting and waiting.exhausted else "a callback or setting"
 
 
-def _as_before(compile: Compile, directory: Path | None) -> Compile:
-    """What a run was that is to go on: its steps are compiled again, or not again."""
-    found = None if directory is None else newest(directory)
-    if compile != "auto" or found is None:
-        return compile
-    return found[1].get("settings", {}).get("compiled", compile)
-
-
-def _description(
-    module: "PairModule",
-    batches: Minibatches,
-    held_out: Minibatches | None,
-    seed: int | None,
-    *,
-    compiled: bool,
-) -> dict[str, Any]:
-    """What a run must have in common with another one that goes on from its checkpoint."""
-    from pyro_lvm.training.saving import describe_optimizer, describe_scheduler
-
-    return {
-        "data": batches.digest(),
-        "validation": None if held_out is None else held_out.digest(),
-        "batch_size": batches.batch_size,
-        "seed": seed,
-        "elbo": type(module.elbo).__name__,
-        "optimizer": describe_optimizer(module.make_optimizer()),
-        "scheduler": describe_scheduler(module.configure_optimizers()),
-        "schedules": describe_schedules(module.schedules),
-        "compiled": compiled,
-    }
-
-
-def _last_checkpoint(directory: Path, run: dict[str, Any], epochs: int) -> Path | None:
-    """The checkpoint to go on from; None if there is none."""
-    found = newest(directory)
-    if found is None:
-        return None
-    path, state = found
-    check_same_run(path, state, run, epochs)
-    return path
-
-
-def _minibatches(
-    data: Data | DataLoader, batch_size: int, *, shuffle: bool, name: str
-) -> Minibatches:
-    if isinstance(data, DataLoader):
-        return Loaded(data, name=name)
-    return Batches(data, batch_size, shuffle=shuffle, name=name)
-
-
 def _adam(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=1e-3)
-
-
-def _device(device: str | torch.device, batches: Minibatches) -> torch.device:
-    if device != "auto":
-        target = torch.device(device)
-        if target.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"Expected a device of this machine; got '{device}', without CUDA.")
-        return target
-    if batches.device.type == "cuda":
-        return batches.device
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -18,7 +18,8 @@ class Fit:
     Attributes:
         history: Name -> one mean per epoch, in nats per datum: "loss", its parts as the objective
             reports them, and each of them as "validation/..." on the validation data. Weights that
-            change, such as "kl_weight", are there as well, as they were in force.
+            change, such as "kl_weight", are there as well, as they were in force, and what
+            callbacks have measured, as "latents/...".
         best_epoch: The epoch (from 0) whose parameters the pair now has: that of the least
             validation loss, or the last one without validation data; None if none was finished.
         stopped: Why the run ended.
@@ -48,10 +49,14 @@ class Fit:
         )
         lines = [head] if self.diagnosis is None else [head, f"  {self.diagnosis}"]
         if self.best_epoch is not None:
-            nats = self._shown(name for name in self.history if name not in self.weights)
+            measured = [name for name in self.history if _is_measured(name)]
+            others = {*self.weights, *measured}
+            nats = self._shown(name for name in self.history if name not in others)
             lines.append(f"  epoch {self.best_epoch}: {nats} (nats per datum)")
             if self.weights:
                 lines.append(f"  weights: {self._shown(self.weights)}")
+            if measured:
+                lines.append(f"  measured: {self._shown(measured)}")
         return "\n".join(lines)
 
     def _shown(self, names: Iterable[str]) -> str:
@@ -60,3 +65,8 @@ class Fit:
         return ", ".join(f"{name} {self.history[name][self.best_epoch]:.3f}" for name in names)
 
     __repr__ = __str__
+
+
+def _is_measured(name: str) -> bool:
+    """Whether a name in a history is that of something else than a part of the loss."""
+    return "/" in name and not name.startswith("validation/")
