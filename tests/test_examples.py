@@ -52,6 +52,25 @@ def test_digits(tmp_path):
             np.testing.assert_array_equal(groups["observed_data"]["x"], test)
 
 
+def test_log_marginal(tmp_path):
+    example = str(EXAMPLES / "log_marginal.py")
+    few = ["--epochs", "2", "--images", "5", "--temperatures", "5", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, example, *few],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "TQDM_DISABLE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.strip() == ""
+    for name in ("naive, 10,000", "guide refined, 5,000", "annealed, 16 chains"):
+        assert len([line for line in done.stdout.splitlines() if line.startswith(name)]) == 1
+    for text in ("log p(x) between", "amortisation gap", "I(x; z), bound from below"):
+        assert text in done.stdout
+    assert (tmp_path / "log_marginal.png").stat().st_size > 5_000
+
+
 @pytest.fixture(scope="module")
 def toy():
     """The module ``examples/infovae_toy.py``."""

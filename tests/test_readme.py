@@ -13,5 +13,6 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), 
 def test_readme(code, capsys):
     short = re.sub(r"epochs=\d+", "epochs=2", code)
     short = re.sub(r"num_samples=\d+", "num_samples=20", short)
+    short = re.sub(r"temperatures=\d+", "temperatures=5", short)
     exec(compile(short, str(README), "exec"), {"__name__": "readme"})
     assert "nats per datum" in capsys.readouterr().out
