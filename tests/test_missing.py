@@ -973,3 +973,20 @@ def test_what_impute_refuses(masked, guide, settings, match):
     model = subset.model if masked else subset.problem.model
     with pytest.raises(ValueError, match=match):
         impute(model, guide or subset.guide(), torch.where(subset.mask, subset.x, 0.0), **settings)
+
+
+def test_labels_under_a_mask_are_drawn_from_their_prior():
+    """A mask around a site that is summed out takes no prior away: labels are 1 in 9 of 10."""
+    seen, loc = torch.tensor([True, False]), torch.tensor([-3.0, 3.0])
+
+    def model(x):
+        with pyro.plate("data", 2), poutine.mask(mask=seen):
+            z = pyro.sample(
+                "z", dist.Categorical(torch.tensor([0.1, 0.9])), infer={"enumerate": "parallel"}
+            )
+            pyro.sample("x", dist.Normal(loc[z], 1.0), obs=x)
+
+    drawn = impute(model, None, torch.tensor([0.5, 0.0]), num_samples=4000)
+    mean, error = drawn.mean()[1], drawn.std_error()[1]
+    assert (mean - 2.4).abs() < 5 * error
+    assert drawn.mean()[0] == 0.5
