@@ -15,6 +15,7 @@ from pyro_lvm.nn.heads import (
     ContinuousBernoulliHead,
     NormalHead,
 )
+from pyro_lvm.nn.joined import Joined
 from pyro_lvm.nn.networks import MLP, ConvDecoder, ConvEncoder
 
 __all__ = [
@@ -24,5 +25,6 @@ __all__ = [
     "ContinuousBernoulliHead",
     "ConvDecoder",
     "ConvEncoder",
+    "Joined",
     "NormalHead",
 ]
