@@ -28,7 +28,7 @@ from pyro_lvm.infer import (
 )
 from pyro_lvm.inference_data import compare, to_arviz
 from pyro_lvm.marginal import LogMarginal
-from pyro_lvm.models import VAE, GaussianMixture
+from pyro_lvm.models import VAE, ConditionalVAE, GaussianMixture
 from pyro_lvm.pair import masked, plate_size
 from pyro_lvm.storage import load, save
 from pyro_lvm.terms import Terms, compute_terms
@@ -41,6 +41,7 @@ __all__ = [
     "VAE",
     "Adversarial",
     "CompiledStep",
+    "ConditionalVAE",
     "Configured",
     "CyclicSchedule",
     "Fit",

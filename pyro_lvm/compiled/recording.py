@@ -224,7 +224,8 @@ def settings_of(elbo: ELBO, found: Footprint | None) -> Hashable:
         if isinstance(v, numbers.Number | str | Tensor)
     )
     modes = () if found is None else tuple(m.training for m in found.modules)
-    return plain, modes
+    wrapped = tuple(settings_of(v, None) for v in vars(elbo).values() if isinstance(v, ELBO))
+    return plain, modes, wrapped
 
 
 def _kind(leaf: Any) -> Hashable:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pyro_lvm.checks import check_data, check_finite
 from pyro_lvm.models.base import Model
+from pyro_lvm.models.latents import check_prior, head_shape, standard_normal
 from pyro_lvm.pair import Masks
 from pyro_lvm.pair.masks import entry_mask
 
@@ -57,18 +58,10 @@ class VAE(Model):
     ) -> None:
         super().__init__()
         check_finite("fill", fill)
-        batch_shape = getattr(prior, "batch_shape", ())
-        if batch_shape:
-            raise ValueError(
-                f"Expected a prior with no batch shape; got {tuple(batch_shape)}. "
-                f"Try .to_event({len(batch_shape)})."
-            )
+        check_prior(prior)
         self.encoder, self.decoder, self.prior, self.plate = encoder, decoder, prior, plate
         self.fill = fill
-        self._latent_shape: torch.Size | None = None
-        head = getattr(encoder, "head", None)
-        if head is not None and hasattr(head, "event_shape"):
-            self._latent_shape = torch.Size(head.event_shape)
+        self._latent_shape = head_shape(encoder)
         # where the standard normal lives: with the parameters, from device to device
         like = next(self.parameters(), torch.zeros(()))
         self.register_buffer("_zero", like.new_zeros(()), persistent=False)
@@ -148,8 +141,7 @@ class VAE(Model):
                 "Expected the shape of z to be known; got an encoder without head.event_shape "
                 "that has not been run. Call vae.model or vae.guide on data first, or pass prior=."
             )
-        event_dim = len(self._latent_shape)
-        return dist.Normal(self._zero, 1.0).expand(self._latent_shape).to_event(event_dim)
+        return standard_normal(self._latent_shape, self._zero)
 
     def _prior_given(self, x: Tensor) -> Any:
         if self.prior is None and self._latent_shape is None:

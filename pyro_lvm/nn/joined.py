@@ -68,7 +68,9 @@ class Joined(Configured, nn.Module):
                 f"Expected {len(self.in_shapes)} inputs, of shapes {self.in_shapes}; got "
                 f"{len(inputs)}."
             )
-        floating = next((x for x in inputs if isinstance(x, Tensor) and x.is_floating_point()), None)
+        floating = next(
+            (x for x in inputs if isinstance(x, Tensor) and x.is_floating_point()), None
+        )
         dtype = torch.get_default_dtype() if floating is None else floating.dtype
         vectors = [
             _as_vector(f"input {i}", x, shape, dtype)

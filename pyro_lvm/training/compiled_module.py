@@ -44,6 +44,7 @@ class CompiledPairModule(PairModule):
             example=module.example,
             num_data=module.num_data,
             plate=module.plate,
+            transform=module.transform,
             clip=clip,
         )
 
@@ -114,7 +115,7 @@ class CompiledPairModule(PairModule):
         if self._steps is None:
             optimizer = self.trainer.optimizers[0]
             self._steps = CompiledStep(
-                self.elbo,
+                self.training_objective,
                 *self.programs,
                 optimizer,
                 divisor=self.num_data,

@@ -44,6 +44,7 @@ from pyro_lvm.training.strategies import (
     distributed_settings,
 )
 from pyro_lvm.training.surroundings import evaluating, interrupted, moved, quiet_lightning
+from pyro_lvm.training.transform import Transform
 
 if TYPE_CHECKING:
     from pyro_lvm.training.lightning import PairModule
@@ -65,6 +66,7 @@ def fit(
     batch_size: int = 128,
     optimizer: MakeOptimizer | None = None,
     scheduler: MakeScheduler | None = None,
+    transform: Transform | None = None,
     validation: Data | DataLoader | None = None,
     patience: int | None = None,
     plate: str | None = None,
@@ -139,7 +141,11 @@ def fit(
         scheduler: From the optimiser to a scheduler of torch's, which is stepped after every step
             of it, such as ``lambda o: OneCycleLR(o, max_lr=1e-2, total_steps=5000)``; an epoch has
             ``ceil(N / batch_size)`` steps.
-        validation: Held-out data like ``data``.
+        transform: From the tensors of a batch to what the pair is called with, applied afresh to
+            every batch that is trained on and to no other: ``torch.bernoulli`` makes binary images
+            of grey ones (dynamic binarisation), ``lambda x: x + noise * torch.randn_like(x)`` adds
+            noise. It draws from torch's global generator and returns as many data.
+        validation: Held-out data like ``data``, as the pair is to see them.
         patience: Stop after so many epochs without a lower validation loss.
         plate: Name of the data plate; the objective's own, or "data", if None.
         device: "auto" (a CUDA device if there is one), "cpu", "cuda", "cuda:1", ...
@@ -189,7 +195,7 @@ def fit(
         from pyro_lvm.training.saving import Checkpoints
 
     module = _checked_module(
-        (model, guide, elbo, optimizer or _adam, scheduler), batches, held_out, plate
+        (model, guide, elbo, optimizer or _adam, scheduler), batches, held_out, plate, transform
     )
     compiled = takes_compiled_steps(
         as_before(compile, directory) if resume else compile,
@@ -239,6 +245,7 @@ def _checked_module(
     batches: Minibatches,
     held_out: Minibatches | None,
     plate: str,
+    transform: Transform | None,
 ) -> "PairModule":
     """What Lightning trains, once pair, objective and data have been seen to fit together."""
     from pyro_lvm.training.lightning import PairModule
@@ -250,10 +257,21 @@ def _checked_module(
     with evaluating(modules) as home:
         for data_set in (batches, held_out) if held_out is not None else (batches,):
             data_set.to(home or batches.device)
-            check_pair(model, guide, data_set, plate, required=batches.num_batches > 1)
+            check_pair(
+                model,
+                guide,
+                data_set,
+                plate,
+                required=batches.num_batches > 1,
+                transform=transform if data_set is batches else None,
+            )
     with evaluating(modules):
         module = PairModule(
-            *given, example=batches.smallest, num_data=batches.num_data, plate=plate
+            *given,
+            example=batches.smallest,
+            num_data=batches.num_data,
+            plate=plate,
+            transform=transform,
         )
         if module.scheduler is not None:
             module.configure_optimizers()  # raises here, and not when all is under way

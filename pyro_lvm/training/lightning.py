@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
+from functools import partial
 from typing import Any, NamedTuple
 
 import pyro
@@ -29,6 +30,7 @@ from pyro_lvm.training.randomness import random_state, set_random_state
 from pyro_lvm.training.schedules import advance, schedules_of
 from pyro_lvm.training.tensors import PairTensors, check_same_tensors
 from pyro_lvm.training.together import Together
+from pyro_lvm.training.transform import Transform, TransformedObjective, transformed
 
 __all__ = ["Optimizer", "PairModule", "Scheduler", "Unseen", "is_at_hand"]
 
@@ -71,6 +73,7 @@ class PairModule(Together):
         example: The arguments of one call, to find the parameters that the pair declares.
         num_data: ``N``, the number of all training data.
         plate: Name of the data plate.
+        transform: What training batches, and they alone, go through before the pair sees them.
 
     Attributes:
         schedules: The schedules of the run, by name.
@@ -94,9 +97,11 @@ class PairModule(Together):
         example: tuple[Tensor, ...],
         num_data: int,
         plate: str = "data",
+        transform: Transform | None = None,
     ) -> None:
         super().__init__()
         self.given = model, guide, elbo, optimizer, scheduler
+        self.transform = transform
         guide = no_guide if guide is None else guide
         self.elbo, self.optimizer, self.num_data = elbo, optimizer, num_data
         self.scheduler = scheduler
@@ -122,6 +127,13 @@ class PairModule(Together):
     def history(self) -> dict[str, list[float]]:
         """Name -> one mean per epoch."""
         return self.means.epochs
+
+    @property
+    def training_objective(self) -> ELBO:
+        """The objective, of training batches as they come."""
+        if self.transform is None:
+            return self.elbo
+        return TransformedObjective(self.elbo, self.transform)
 
     @property
     def trained(self) -> list[Tensor]:
@@ -232,9 +244,12 @@ class PairModule(Together):
             if name in state:  # a checkpoint without it has been refused before
                 tensor.copy_(state[name])
 
-    def loss(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, batch: tuple[Tensor, ...], *, validation: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a minibatch and its parts by name, nats per datum, and the weights."""
-        loss, parts = loss_and_parts(self.elbo, *self.programs, batch)
+        elbo = self.elbo if validation else self.training_objective
+        loss, parts = loss_and_parts(elbo, *self.programs, batch)
         loss = loss / self.num_data
         weights = {name: schedule.weight.detach() for name, schedule in self.schedules.items()}
         return loss, {**weights, **parts, "loss": loss.detach()}
@@ -254,13 +269,21 @@ class PairModule(Together):
         self.diagnosis = self.diagnosis or diagnosis
         self.trainer.should_stop = True
 
-    def diagnose(self, batch: tuple[Tensor, ...], rows: Sequence[int] | None = None) -> str:
+    def diagnose(
+        self,
+        batch: tuple[Tensor, ...],
+        rows: Sequence[int] | None = None,
+        *,
+        validation: bool = False,
+    ) -> str:
         """What is not finite when the pair is run on a batch, in words.
 
         Args:
             batch: The arguments of the pair.
             rows: The numbers of the data in it, where they are known.
+            validation: Whether they are data to validate by, which are not transformed.
         """
+        batch = batch if validation else transformed(self.transform, batch)
         not_finite = self.tensors.not_finite()
         return explain(*self.programs, batch, not_finite, plate=self.plate, rows=rows)
 
@@ -276,7 +299,8 @@ class PairModule(Together):
         try:
             # fit has shown every datum to Pyro's checks; here they would raise where a run diverges
             with pyro.validation_enabled(False):
-                loss, parts, size = self.processes.evaluate(self.loss, batch)
+                evaluate = partial(self.loss, validation=bool(prefix))
+                loss, parts, size = self.processes.evaluate(evaluate, batch)
         except (ValueError, RuntimeError):
             if self.tensors.are_finite():
                 raise
@@ -316,7 +340,7 @@ class PairModule(Together):
         rows = loader.rows(index).tolist() if hasattr(loader, "rows") else None
         kind = "validation batch" if prefix else "batch"
         where = f"The loss was {loss.item()} in epoch {self.trainer.current_epoch}, {kind} {index}"
-        why = "" if batch is None else f": {self.diagnose(batch, rows)}"
+        why = "" if batch is None else f": {self.diagnose(batch, rows, validation=bool(prefix))}"
         reasons = self.processes.all_of(why)
         why = next((r for r in reasons if not r.endswith(NOTHING_FOUND)), why)
         self.end(f"{where}{why}.")
@@ -344,7 +368,10 @@ class PairModule(Together):
 
     def _declared(self, device: torch.device | None) -> list[Tensor]:
         """What a run of the pair declares."""
-        return parameters_of(*self.programs, tuple(t.to(device) for t in self.example))
+        example = tuple(t.to(device) for t in self.example)
+        with untouched_random_state(example):
+            example = transformed(self.transform, example)
+        return parameters_of(*self.programs, example)
 
     def _declare_under(self, state: Mapping[str, Any], known: Mapping[str, Any]) -> None:
         """Run the pair as it was when the checkpoint was written, for it may declare more then."""

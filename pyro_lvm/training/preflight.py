@@ -20,6 +20,7 @@ from pyro_lvm.pair import (
 from pyro_lvm.training.batches import Batches
 from pyro_lvm.training.checkpoint import has_checkpoints
 from pyro_lvm.training.loaders import Loaded
+from pyro_lvm.training.transform import Transform, transformed
 
 if TYPE_CHECKING:
     from pyro_lvm.training.lightning import PairModule
@@ -46,12 +47,20 @@ def check_settings(settings: dict[str, Any]) -> None:
 
 
 def check_pair(
-    model: Program, guide: Program | None, batches: Batches | Loaded, plate: str, *, required: bool
+    model: Program,
+    guide: Program | None,
+    batches: Batches | Loaded,
+    plate: str,
+    *,
+    required: bool,
+    transform: Transform | None = None,
 ) -> None:
-    """Run all data through the pair."""
+    """Run all data through the pair, as it will see them."""
     start = 0
-    for batch in batches.in_order():
-        end = start + len(batch[0])
+    for raw in batches.in_order():
+        end = start + len(raw[0])
+        with untouched_random_state(raw):
+            batch = transformed(transform, raw)
         try:
             structure = inspect_pair(model, guide, batch, plate=plate, require_plate=required)
         except ValueError as error:
@@ -92,7 +101,7 @@ def check_loss(
     with untouched_random_state(example), torch.no_grad():
         loss, _ = module.loss(example)
         if held_out is not None:
-            module.loss(held_out.smallest)
+            module.loss(held_out.smallest, validation=True)
     if not torch.isfinite(loss):
         raise ValueError(
             f"Expected a finite loss before training; got {float(loss)} for the first "
