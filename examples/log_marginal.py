@@ -17,39 +17,27 @@ whether the latents are used at all.
     python examples/log_marginal.py --data folder/of/MNIST
 """
 
-import argparse
 import time
-from pathlib import Path
 
-import matplotlib as mpl
+import matplotlib.pyplot as plt
 import pandas as pd
 import torch
+from common import images, parser, ready, save
 from torch import Tensor, nn
 
 import pyro_lvm as lvm
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
 
 marginal = lvm.marginal
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--data", type=Path, help="a folder with MNIST; scikit-learn's digits if none"
-    )
-    parser.add_argument("--epochs", type=int, default=200)
-    parser.add_argument("--images", type=int, default=100, help="held-out images to score")
-    parser.add_argument("--temperatures", type=int, default=500, help="of annealing")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, default=Path("out"))
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    options = parser(__doc__, epochs=200)
+    options.set_defaults(images=100)
+    options.add_argument("--temperatures", type=int, default=500, help="of annealing")
+    args = ready(options.parse_args())
     start = time.perf_counter()
-    args.out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(args.seed)
-    train, valid, test = load(args.data)
+    data = images(args.data)
+    train, valid, test = once(data.train), data.validation, data.test
     vae = build(train.shape[1])
     watch = lvm.training.CollapseMetrics(valid[:200], every=max(1, args.epochs // 20))
     fit = lvm.fit(
@@ -64,29 +52,23 @@ def main() -> None:
         seed=args.seed,
     )
     print(f"{fit}\n")
-    device = next(vae.parameters()).device
-    x = test[: args.images].to(device)
-    print(f"{estimates(vae, x, args.temperatures).round(2).to_string()}\n")
+    x = test[: args.images].to(args.device)
+    vae.to(args.device)
+    print(f"{estimates(vae, x, args.samples, args.temperatures).round(2).to_string()}\n")
     bound = marginal.bidirectional(
         vae.model, vae.guide, x[:20], num_samples=8, temperatures=args.temperatures
     )
     print(f"{bound}\n")
     print(f"{lvm.diagnostics.inference_gaps(vae.model, vae.guide, x)}\n")
-    report = lvm.diagnostics.collapse_report(vae.model, vae.guide, test.to(device))
+    report = lvm.diagnostics.collapse_report(vae.model, vae.guide, test.to(args.device))
     print(report)
-    draw(bound, report, args.out / "log_marginal.png")
-    seconds = time.perf_counter() - start
-    print(f"\n{seconds:.0f} s; open {args.out / 'log_marginal.png'}")
+    print(f"\n{time.perf_counter() - start:.0f} s")
+    save(draw(bound, report), args, "log_marginal")
 
 
-def load(folder: Path | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Training, validation and test images of zeros and ones."""
-    data = lvm.datasets.digits() if folder is None else lvm.datasets.mnist(folder)
-    generator = torch.Generator().manual_seed(0)
-    return tuple(
-        lvm.datasets.binarize(x, generator=generator)
-        for x in (data.train, data.validation, data.test)
-    )
+def once(x: Tensor) -> Tensor:
+    """Binary images for all of training: what a guide makes of images that it has seen is asked."""
+    return lvm.datasets.binarize(x, generator=torch.Generator().manual_seed(1))
 
 
 def build(num_pixels: int) -> lvm.VAE:
@@ -97,7 +79,7 @@ def build(num_pixels: int) -> lvm.VAE:
     return lvm.VAE(encoder, decoder)
 
 
-def estimates(vae: lvm.VAE, x: Tensor, temperatures: int) -> pd.DataFrame:
+def estimates(vae: lvm.VAE, x: Tensor, num_samples: int, temperatures: int) -> pd.DataFrame:
     """The mean of log p(x) by every estimator, nats per image."""
     pair = (vae.model, vae.guide)
     wide = marginal.widened(vae.guide, scales=(1.0, 1.5))
@@ -106,10 +88,12 @@ def estimates(vae: lvm.VAE, x: Tensor, temperatures: int) -> pd.DataFrame:
         "naive, 10,000": marginal.naive_monte_carlo(vae.model, x, num_samples=10_000),
         "guide, 1": marginal.importance_sampling(*pair, x, num_samples=1),
         "guide, 100": marginal.importance_sampling(*pair, x, num_samples=100),
-        "guide, 5,000": marginal.importance_sampling(*pair, x, num_samples=5000),
-        "guide widened, 5,000": marginal.importance_sampling(vae.model, wide, x, num_samples=5000),
-        "guide refined, 5,000": marginal.importance_sampling(
-            vae.model, better, x, num_samples=5000
+        f"guide, {num_samples:,}": marginal.importance_sampling(*pair, x, num_samples=num_samples),
+        f"guide widened, {num_samples:,}": marginal.importance_sampling(
+            vae.model, wide, x, num_samples=num_samples
+        ),
+        f"guide refined, {num_samples:,}": marginal.importance_sampling(
+            vae.model, better, x, num_samples=num_samples
         ),
         "annealed, 16 chains": marginal.annealed_importance_sampling(
             *pair, x, temperatures=temperatures
@@ -128,14 +112,12 @@ def estimates(vae: lvm.VAE, x: Tensor, temperatures: int) -> pd.DataFrame:
     return pd.DataFrame(rows).T
 
 
-def draw(
-    bound: marginal.BidirectionalBound, report: lvm.diagnostics.CollapseReport, path: Path
-) -> None:
+def draw(bound: marginal.BidirectionalBound, report: lvm.diagnostics.CollapseReport) -> plt.Figure:
     """The two bounds, and the latents."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     lvm.plots.plot_bidirectional(bound, ax=left)
     lvm.plots.plot_collapse(report, ax=right)
-    figure.savefig(path, dpi=80)
+    return figure
 
 
 if __name__ == "__main__":

@@ -52,23 +52,40 @@ def test_digits(tmp_path):
             np.testing.assert_array_equal(groups["observed_data"]["x"], test)
 
 
-def test_log_marginal(tmp_path):
-    example = str(EXAMPLES / "log_marginal.py")
-    few = ["--epochs", "2", "--images", "5", "--temperatures", "5", "--out", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, example, *few],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "TQDM_DISABLE": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.strip() == ""
-    for name in ("naive, 10,000", "guide refined, 5,000", "annealed, 16 chains"):
-        assert len([line for line in done.stdout.splitlines() if line.startswith(name)]) == 1
-    for text in ("log p(x) between", "amortisation gap", "I(x; z), bound from below"):
-        assert text in done.stdout
-    assert (tmp_path / "log_marginal.png").stat().st_size > 5_000
+SHORT = ["--epochs", "1", "--images", "20", "--samples", "20", "--device", "cpu"]
+PAGES = {  # example -> further options, and what it says
+    "conditional_vae": ([], ["given the label, log p(x)", "a classifier of real digits agrees"]),
+    "log_marginal": (
+        ["--images", "5", "--temperatures", "5"],
+        ["naive, 10,000", "annealed, 16 chains", "log p(x) between", "amortisation gap"],
+    ),
+    "vae": ([], ["log p(x) =", "I(x; z), bound from below"]),
+}
+
+
+def main_of(name, monkeypatch, options):
+    """Run an example here, where the libraries are loaded already."""
+    monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *options])
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    importlib.import_module(name).main()
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_page(name, tmp_path, monkeypatch, capfd):
+    """One epoch of each on the digits: it says what it promises, and leaves its picture."""
+    options, texts = PAGES[name]
+    main_of(name, monkeypatch, [*SHORT, *options, "--out", str(tmp_path)])
+    said = capfd.readouterr()
+    for text in texts:
+        assert text in said.out
+    assert said.err == ""
+    assert (tmp_path / f"{name}.png").stat().st_size > 5_000
+
+
+def test_every_example_is_run():
+    others = {"common", "digit_classifier", "digits", "infovae_toy", "memory_mapped", "page"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*PAGES, *others}
 
 
 @pytest.fixture(scope="module")
