@@ -52,7 +52,11 @@ def build(data: lvm.datasets.Split) -> lvm.VAE:
 
 
 def train(
-    vae: lvm.VAE, data: lvm.datasets.Split, args: argparse.Namespace, batch_size: int = 128
+    vae: lvm.VAE,
+    data: lvm.datasets.Split,
+    args: argparse.Namespace,
+    elbo: lvm.TraceInfo_ELBO | None = None,
+    batch_size: int = 128,
 ) -> lvm.Fit:
     """A learning rate that rises and falls once gets to the end sooner (Smith and Topin 2018)."""
     steps = args.epochs * -(-len(data.train) // batch_size)
@@ -60,6 +64,7 @@ def train(
         vae.model,
         vae.guide,
         data.train,
+        elbo=elbo,
         transform=torch.bernoulli,
         validation=data.validation,
         epochs=args.epochs,

@@ -143,7 +143,8 @@ def test_parts(make):
     model, x = story(Generator()), torch.randn(16, 1)
     loss, parts = elbo.loss_and_parts(model, no_guide, x)
     has_player = isinstance(elbo.divergence, Adversarial)
-    assert set(parts) == {"loss", "divergence"} | ({"discriminator"} if has_player else set())
+    of_player = {"discriminator", "accuracy/draws", "accuracy/data"} if has_player else set()
+    assert set(parts) == {"loss", "divergence"} | of_player
     torch.testing.assert_close(loss.detach(), 16 * parts["divergence"])
     if has_player:
         assert 0 < parts["discriminator"] < 4 * math.log(2)

@@ -56,11 +56,15 @@ OBJECTIVES = {
     "implicit, mmd": lambda: lvm.ImplicitDivergence(lvm.MMD()),
     "implicit, sliced": lambda: lvm.ImplicitDivergence(lvm.SlicedWasserstein(7)),
     "implicit, adversarial": lambda: lvm.ImplicitDivergence(lvm.Adversarial(Discriminator())),
+    "implicit, penalty": lambda: lvm.ImplicitDivergence(
+        lvm.Adversarial(Discriminator(), gradient_penalty=2.0)
+    ),
 }
 # the gradient of these is that of their value, under fixed random numbers
 EXACT = ("elbo", "beta", "warm-up", "free bits", "mmd", "mmd, rbf, v", "mmd, linear", "sliced")
 EXACT += ("sliced, particles", "iwae", "implicit, mmd", "implicit, sliced")
 WORDS = {"loss", "reconstruction", "divergence", "discriminator", "free_bits", "weighting"}
+WORDS |= {"accuracy/draws", "accuracy/data", "penalty"}
 WORDS |= {"alpha", "lambda", "kl_weight", "kl[z]", "kl[w]", "kl[global]", "kl[a]", "kl[logit]"}
 SUITABLE = ("normal_normal", "modules", "global_and_local", "nested_masked", "mixture_prior")
 each_objective = pytest.mark.parametrize("objective", OBJECTIVES)

@@ -49,6 +49,10 @@ def draws(num_data, seed=0):
     return torch.randn(num_data, 2, generator=generator) @ skew + torch.tensor([1.0, -2.0])
 
 
+def posteriors():
+    return {"draws": draws(200)[:, 0], "exact": torch.distributions.Beta(2.0, 3.0)}
+
+
 IMAGES = torch.linspace(0, 1, 80).reshape(5, 4, 4)
 PLOTS = {
     "plot_images": lambda **kw: plots.plot_images(IMAGES, **kw),
@@ -57,6 +61,7 @@ PLOTS = {
     "plot_aggregate_posterior": lambda **kw: plots.plot_aggregate_posterior(draws(100), **kw),
     "plot_history": lambda **kw: plots.plot_history(history(), **kw),
     "plot_comparison": lambda **kw: plots.plot_comparison(comparison(), **kw),
+    "plot_densities": lambda **kw: plots.plot_densities(posteriors(), "p", **kw),
 }
 every_plot = pytest.mark.parametrize("plot", PLOTS.values(), ids=PLOTS)
 

@@ -55,12 +55,13 @@ class KernelDensity(TorchDistribution):
         for chunk in self.log_kernels(flat):
             total = torch.logaddexp(total, chunk.logsumexp(0))
         log_prob = (total - math.log(len(self.points))).to(value.dtype)
-        return log_prob.reshape(torch.broadcast_shapes(value.shape[:-1], self.batch_shape))
+        shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
+        return log_prob.reshape(value.shape[:-1]).expand(shape)
 
     def log_kernels(self, x: Tensor) -> Iterator[Tensor]:
         """Log N(x_i; points_s, bandwidth^2 I) for some points at a time, ``chunk x N``."""
-        variance = float(self.bandwidth) ** 2
-        normaliser = 0.5 * x.shape[1] * math.log(2 * math.pi * variance)
+        variance = torch.as_tensor(self.bandwidth, dtype=torch.float64, device=x.device) ** 2
+        normaliser = 0.5 * x.shape[1] * (2 * math.pi * variance).log()
         for squared in squared_distances(self.points, x):
             yield -0.5 * squared / variance - normaliser
 
@@ -74,7 +75,7 @@ class KernelDensity(TorchDistribution):
 
 def squared_distances(points: Tensor, x: Tensor) -> Iterator[Tensor]:
     """|points_s - x_i|^2 in double precision for some points at a time, ``chunk x N``."""
-    centre = points.double().mean(0)
+    centre = points.mean(0, dtype=torch.float64)
     x, size = x.double() - centre, max(1, _NUMBERS // len(x))
     lengths = x.square().sum(1)
     for start in range(0, len(points), size):

@@ -1,7 +1,7 @@
 """Divergences by a discriminator."""
 
 import math
-from typing import Literal, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +10,36 @@ from torch.nn.functional import logsigmoid, softplus
 from pyro_lvm.checks import check_positive
 from pyro_lvm.divergences.samples import check_two_samples
 
-__all__ = ["Adversarial"]
+__all__ = ["Adversarial", "Judgement", "Players"]
 
 Objective = Literal["js", "kl"]
 Generator = Literal["non-saturating", "minimax"]
+
+
+class Players(NamedTuple):
+    """What each player minimises, and what they are made of.
+
+    Attributes:
+        divergence: With a gradient by the samples alone.
+        loss: The discriminator's, with a gradient by its parameters alone.
+        parts: By name, without a gradient: nats, and shares where the name has a slash.
+    """
+
+    divergence: Tensor
+    loss: Tensor
+    parts: dict[str, Tensor]
+
+
+class Judgement(NamedTuple):
+    """What a discriminator makes of a sample.
+
+    Attributes:
+        logits: Of "this comes from p", ``B``.
+        error: What it is to keep small besides, on this sample, a scalar.
+    """
+
+    logits: Tensor
+    error: Tensor | float = 0.0
 
 
 class Adversarial(nn.Module):
@@ -48,18 +74,31 @@ class Adversarial(nn.Module):
     both gradients; the discriminator's learning rate is its own.
 
     q and p pass through the discriminator one after the other: batch norm sees each by itself. L
-    updates its buffers (moments, singular vectors); the surrogate works on copies of them.
+    updates its buffers (moments, singular vectors); the surrogate works on copies of them. Layers
+    under spectral normalisation (`nn.spectral_normalization`) are discriminators like others.
+
+    Under conditions y, such as labels, q(z | y) and p(z | y) are compared: the discriminator is
+    called with them too, T(z, y). Row i of both samples belongs to condition i.
+
+    A penalty on the slope of T where the data are keeps the two players from circling each other.
+    The discriminator then minimises L plus
+
+        R1 = gamma / 2 E_p |grad_z T(z)|^2,
+
+    estimated at the draws from p, with gamma the ``gradient_penalty``. The samples do not see it.
 
     Args:
-        discriminator: From ``B x D`` to logits, ``B`` or ``B x 1``.
+        discriminator: From ``B x D``, and conditions if there are any, to logits, ``B`` or
+            ``B x 1``; `nn.Joined` makes a network of several inputs.
         objective: Which divergence.
         generator: Which surrogate for ``"js"``; there is only one for ``"kl"``.
         learning_rate: The discriminator's, for a training loop to read; the loop's own if None.
+        gradient_penalty: gamma; 0 for none.
 
     Raises:
         TypeError: If the discriminator is not an ``nn.Module``.
         ValueError: If the objective or the generator is an unknown word, the generator is set for
-            ``"kl"``, or the learning rate is not positive.
+            ``"kl"``, the learning rate is not positive, or the penalty negative.
 
     Reference:
         Goodfellow et al. 2014, "Generative adversarial nets", arXiv 1406.2661, section 3 (the
@@ -68,8 +107,14 @@ class Adversarial(nn.Module):
         1701.04722, section 3 (KL by a discriminator); Nguyen, Wainwright and Jordan 2010,
         "Estimating divergence functionals and the likelihood ratio by convex risk minimization",
         arXiv 0809.0853 (the dual form behind the surrogate for KL); Makhzani et al. 2015,
-        "Adversarial autoencoders", arXiv 1511.05644.
+        "Adversarial autoencoders", arXiv 1511.05644; Mirza and Osindero 2014, "Conditional
+        generative adversarial nets", arXiv 1411.1784 (conditions); Mescheder, Geiger and Nowozin
+        2018, "Which training methods for GANs do actually converge?", arXiv 1801.04406, eq. 9
+        (R1).
     """
+
+    takes_conditions: ClassVar[bool] = True
+    """That it is called with conditions beside the samples, and not with columns of them."""
 
     def __init__(
         self,
@@ -78,27 +123,31 @@ class Adversarial(nn.Module):
         objective: Objective = "js",
         generator: Generator = "non-saturating",
         learning_rate: float | None = None,
+        gradient_penalty: float = 0.0,
     ) -> None:
         super().__init__()
         _check_settings(discriminator, objective, generator)
         if learning_rate is not None:
             check_positive("learning_rate", learning_rate)
+        check_positive("gradient_penalty", gradient_penalty, minimum=0.0)
         self.discriminator = discriminator
         self.objective = objective
         self.generator = generator
         self.learning_rate = learning_rate
+        self.gradient_penalty = gradient_penalty
 
     @property
     def own_parameters(self) -> list[nn.Parameter]:
         """The discriminator's parameters, which `learning_rate` is for."""
         return list(self.discriminator.parameters())
 
-    def forward(self, q_samples: Tensor, p_samples: Tensor) -> Tensor:
+    def forward(self, q_samples: Tensor, p_samples: Tensor, *conditions: Tensor) -> Tensor:
         """Estimate the divergence, with the gradients of both players.
 
         Args:
             q_samples: ``B1 x D``, draws from q.
             p_samples: ``B2 x D``, draws from p.
+            *conditions: First dimension ``B = B1 = B2``; what the discriminator is given besides.
 
         Returns:
             A scalar, in nats: the value of the divergence, whose gradient by the samples is that of
@@ -106,18 +155,22 @@ class Adversarial(nn.Module):
 
         Raises:
             TypeError: If a sample is not a floating point tensor.
-            ValueError: If a sample is not ``B x D`` with at least one row, the widths D differ, or
-                the discriminator does not return one logit per row.
+            ValueError: If a sample is not ``B x D`` with at least one row, the widths D differ, a
+                condition has not as many rows as each sample, or the discriminator does not return
+                one logit per row.
         """
-        divergence, discriminator_loss = self.players(q_samples, p_samples)
+        divergence, discriminator_loss = self.players(q_samples, p_samples, *conditions)
         return divergence + _slope_alone(discriminator_loss)
 
-    def players(self, q_samples: Tensor, p_samples: Tensor) -> tuple[Tensor, Tensor]:
+    def players(
+        self, q_samples: Tensor, p_samples: Tensor, *conditions: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """What each player minimises, for two optimisers.
 
         Args:
             q_samples: ``B1 x D``, draws from q.
             p_samples: ``B2 x D``, draws from p.
+            *conditions: As for ``forward``.
 
         Returns:
             The divergence, with a gradient by the samples alone, and the discriminator's loss, with
@@ -127,18 +180,58 @@ class Adversarial(nn.Module):
             TypeError: As for ``forward``.
             ValueError: As for ``forward``.
         """
-        check_two_samples(q_samples, p_samples)
-        q_logits = self._logits(q_samples.detach())
-        p_logits = self._logits(p_samples.detach())
-        loss = softplus(-p_logits).mean() + softplus(q_logits).mean()  # L
-        value = math.log(2) - loss / 2 if self.objective == "js" else -q_logits.mean()
-        return value.detach() + _slope_alone(self._surrogate(q_samples, p_samples)), loss
+        divergence, loss, _ = self.players_and_parts(q_samples, p_samples, *conditions)
+        return divergence, loss
 
-    def _surrogate(self, q_samples: Tensor, p_samples: Tensor) -> Tensor:
+    def players_and_parts(
+        self, q_samples: Tensor, p_samples: Tensor, *conditions: Tensor
+    ) -> Players:
+        """The same, with what shows the balance of the players.
+
+        Args:
+            q_samples: ``B1 x D``, draws from q.
+            p_samples: ``B2 x D``, draws from p.
+            *conditions: As for ``forward``.
+
+        Returns:
+            Both, and the parts: ``divergence``; ``discriminator``, the loss L; ``penalty``, R1
+            where there is one; ``accuracy/draws`` and ``accuracy/data``, the shares of the rows
+            of q and p that the discriminator tells right, 1 / 2 at chance.
+
+        Raises:
+            TypeError: As for ``forward``.
+            ValueError: As for ``forward``.
+        """
+        check_two_samples(q_samples, p_samples)
+        _check_conditions(q_samples, p_samples, conditions)
+        q = self._judge(self.discriminator, q_samples.detach(), conditions)
+        p, penalty = self._judge_data(p_samples.detach(), conditions)
+        loss = softplus(-p.logits).mean() + softplus(q.logits).mean()  # L
+        value = math.log(2) - loss / 2 if self.objective == "js" else -q.logits.mean()
+        pull = _slope_alone(self._surrogate(q_samples, p_samples, conditions))
+        parts = {"divergence": value, "discriminator": loss, **self._parts(q, p)}
+        if isinstance(penalty, Tensor):
+            parts["penalty"] = penalty
+        return Players(
+            divergence=(value + q.error).detach() + pull,
+            loss=loss + q.error + p.error + penalty,
+            parts={name: part.detach() for name, part in parts.items()},
+        )
+
+    def _parts(self, q: Judgement, p: Judgement) -> dict[str, Tensor]:
+        """What else is to be seen of the two judgements."""
+        return {
+            "accuracy/draws": (q.logits < 0).to(q.logits.dtype).mean(),
+            "accuracy/data": (p.logits > 0).to(p.logits.dtype).mean(),
+        }
+
+    def _surrogate(self, q_samples: Tensor, p_samples: Tensor, conditions: tuple) -> Tensor:
         """What the samples move along, but for a constant; a fixed prior costs nothing."""
-        surrogate = self._q_term(self._fixed_logits(q_samples)).mean()  # E_q
+        q = self._judge(self._fixed, q_samples, conditions)
+        surrogate = self._q_term(q.logits).mean() + q.error  # E_q
         if p_samples.requires_grad:
-            surrogate = surrogate + self._p_term(self._fixed_logits(p_samples)).mean()  # E_p
+            p = self._judge(self._fixed, p_samples, conditions)
+            surrogate = surrogate + self._p_term(p.logits).mean() + p.error  # E_p
         return surrogate
 
     def _q_term(self, logits: Tensor) -> Tensor:
@@ -151,25 +244,44 @@ class Adversarial(nn.Module):
             return -torch.exp(-logits)
         return self._q_term(-logits)  # JS is symmetric: the logit of "z comes from q" is -T
 
-    def _logits(self, z: Tensor) -> Tensor:
-        return _as_column(self.discriminator(z), len(z))
+    def _judge(self, discriminator: Any, z: Tensor, conditions: tuple) -> Judgement:
+        return Judgement(_as_column(discriminator(z, *conditions), len(z)))
 
-    def _fixed_logits(self, z: Tensor) -> Tensor:
-        """The logits by constant parameters and copies of the buffers."""
+    def _judge_data(self, z: Tensor, conditions: tuple) -> tuple[Judgement, Tensor | float]:
+        """The judgement of draws from p, and R1 there."""
+        if not self.gradient_penalty:
+            return self._judge(self.discriminator, z, conditions), 0.0
+        with torch.enable_grad():  # the slope is needed where no gradient is
+            judgement = self._judge(self.discriminator, z.requires_grad_(), conditions)
+            (slope,) = torch.autograd.grad(judgement.logits.sum(), z, create_graph=True)
+        return judgement, self.gradient_penalty / 2 * slope.square().sum(1).mean()
+
+    def _fixed(self, z: Tensor, *conditions: Tensor) -> Any:
+        """The discriminator with constant parameters and copies of the buffers."""
         state = {name: p.detach() for name, p in self.discriminator.named_parameters()}
         state |= {name: b.clone() for name, b in self.discriminator.named_buffers()}
-        return _as_column(torch.func.functional_call(self.discriminator, state, (z,)), len(z))
+        return torch.func.functional_call(self.discriminator, state, (z, *conditions))
 
     def extra_repr(self) -> str:
         """The settings, for ``repr``."""
         generator = f", generator={self.generator!r}" if self.objective == "js" else ""
         rate = "" if self.learning_rate is None else f", learning_rate={self.learning_rate}"
-        return f"objective={self.objective!r}{generator}{rate}"
+        gamma = f", gradient_penalty={self.gradient_penalty}" if self.gradient_penalty else ""
+        return f"objective={self.objective!r}{generator}{rate}{gamma}"
 
 
 def _slope_alone(x: Tensor) -> Tensor:
     """0, with the gradient of ``x``."""
     return x - x.detach()
+
+
+def _check_conditions(q: Tensor, p: Tensor, conditions: tuple) -> None:
+    sizes = {len(q), len(p), *map(len, conditions)}
+    if conditions and len(sizes) > 1:
+        raise ValueError(
+            f"Expected as many rows of q_samples and p_samples as conditions, each row under its "
+            f"own; got {len(q)} and {len(p)} for {[len(c) for c in conditions]}."
+        )
 
 
 def _as_column(logits: Tensor, size: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Samples of some sites side by side, and their divergence."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,10 +9,27 @@ from torch import Tensor
 from pyro_lvm.infer.gathering import batch_is_shared, gather_rows
 from pyro_lvm.terms import depends_on_enumeration, sample_table
 
-__all__ = ["Comparison", "compare", "joint", "needs_density", "of_the_whole_batch"]
+__all__ = [
+    "Comparison",
+    "ComparisonInParts",
+    "compare",
+    "compare_in_parts",
+    "joint",
+    "needs_density",
+    "of_the_whole_batch",
+    "takes_conditions",
+]
 
 Comparison = tuple[Tensor, Tensor | None]
 """The divergence, and the loss of a player that the divergence has of its own (a discriminator)."""
+
+
+class ComparisonInParts(NamedTuple):
+    """A `Comparison`, and what the divergence says of it by name."""
+
+    divergence: Tensor
+    player: Tensor | None
+    parts: dict[str, Tensor]
 
 
 def joint(sites: Mapping[str, Any], plate: str) -> Tensor:
@@ -50,11 +67,49 @@ def compare(divergence: Any, q: Tensor, p: Tensor) -> Comparison:
         q: Draws from q, of this process.
         p: Draws from p, of this process.
     """
-    pairs = zip(*of_the_whole_batch(q, p), strict=True)
-    if not hasattr(divergence, "players"):
-        return torch.stack([divergence(q_k, p_k) for q_k, p_k in pairs]).mean(), None
-    values, losses = zip(*(divergence.players(q_k, p_k) for q_k, p_k in pairs), strict=True)
-    return torch.stack(values).mean(), torch.stack(losses).mean()
+    value, player, _ = compare_in_parts(divergence, q, p)
+    return value, player
+
+
+def compare_in_parts(
+    divergence: Any, q: Tensor, p: Tensor, conditions: Sequence[Tensor] = ()
+) -> ComparisonInParts:
+    """The same with the parts of the divergence, under conditions that both tables are given.
+
+    Args:
+        divergence: As for `compare`. If it has a method ``players_and_parts``, that returns parts
+            by name besides.
+        q: ``K x b x D``.
+        p: ``K x b x D``.
+        conditions: ``K x b x ...`` each, for a divergence that `takes_conditions`.
+    """
+    rows = zip(*of_the_whole_batch(q, p), *map(_of_the_whole_batch, conditions), strict=True)
+    values, losses, parts = zip(*_each_particle(divergence, rows), strict=True)
+    return ComparisonInParts(
+        divergence=torch.stack(values).mean(),
+        player=None if losses[0] is None else torch.stack(losses).mean(),
+        parts={name: torch.stack([found[name] for found in parts]).mean() for name in parts[0]},
+    )
+
+
+def _of_the_whole_batch(table: Tensor) -> Tensor:
+    return gather_rows(table.transpose(0, 1)).transpose(0, 1) if batch_is_shared() else table
+
+
+def _each_particle(divergence: Any, rows: Any) -> Iterator[tuple]:
+    """Divergence, the player's loss, and parts, for each particle."""
+    for samples in rows:
+        if hasattr(divergence, "players_and_parts"):
+            yield divergence.players_and_parts(*samples)
+        elif hasattr(divergence, "players"):
+            yield *divergence.players(*samples), {}
+        else:
+            yield divergence(*samples), None, {}
+
+
+def takes_conditions(divergence: Any) -> bool:
+    """Whether a divergence is called with conditions beside the samples, not as columns of them."""
+    return bool(getattr(divergence, "takes_conditions", False))
 
 
 def needs_density(divergence: Any) -> bool:

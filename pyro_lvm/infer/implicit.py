@@ -1,6 +1,6 @@
 """A divergence between a story's own draws and the data, for stories without a likelihood."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,13 @@ from pyro.poutine.trace_messenger import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_lvm.infer.comparison import compare, joint, needs_density
+from pyro_lvm.infer.comparison import (
+    ComparisonInParts,
+    compare_in_parts,
+    joint,
+    needs_density,
+    takes_conditions,
+)
 from pyro_lvm.infer.objective import Call, Objective
 from pyro_lvm.infer.prior import learned_choices
 from pyro_lvm.pair import (
@@ -21,7 +27,7 @@ from pyro_lvm.pair import (
     inspect_pair,
     untouched_random_state,
 )
-from pyro_lvm.terms import observed_table
+from pyro_lvm.terms import observed_table, sample_table
 
 __all__ = ["ImplicitDivergence"]
 
@@ -41,10 +47,13 @@ class ImplicitDivergence(Objective):
     All selected sites are drawn and compared jointly. Observed sites that are not selected stay
     what was observed, so that the story is given them; ``conditions`` names those of them that the
     divergence is to see beside the draws, and beside the data: x given y is learnt from pairs
-    (x', y) and (x, y).
+    (x', y) and (x, y). A divergence with ``takes_conditions`` (`Adversarial`) is called with y as
+    it is observed, ``divergence(x', x, y)``; for others y is further columns of both samples.
 
-    The parts of `loss_and_parts` are ``loss``, ``divergence``, which is the same per datum, and
-    ``discriminator``, the loss of the divergence's own player, if it has one.
+    The parts of `loss_and_parts` are ``loss``, what the story minimises per datum; ``divergence``,
+    which is the same but for what the divergence reports by itself; ``discriminator``, the loss of
+    the divergence's own player, if it has one; and what the divergence reports
+    (``players_and_parts``), such as the accuracy of a discriminator.
 
     Args:
         divergence: Module or function of two tensors, draws from the story ``B x D`` and data
@@ -90,17 +99,7 @@ class ImplicitDivergence(Objective):
         with torch.enable_grad(), untouched_random_state(args, kwargs), device_of(args, kwargs):
             drawn = self._draw(call, self._selected(structure)).nodes
         for name in self._selected(structure):
-            if observed_table(drawn[name], self.plate) is not None:
-                raise ValueError(
-                    f"Expected observations to compare with whole draws; got a mask at site "
-                    f"'{name}'. Use an objective with a likelihood, or complete data."
-                )
-            if not drawn[name]["fn"].has_rsample:
-                raise ValueError(
-                    f"Expected observed sites with reparameterised draws; got '{name}' with "
-                    f"{type(drawn[name]['fn']).__name__}, whose draws have no gradient. Let it be "
-                    f"a Delta at what the story computes, or name others by sites=."
-                )
+            _check_drawn(name, drawn[name], self.plate)
         choices = [n for n in learned_choices(drawn) if n not in self._selected(structure)]
         if choices:
             raise ValueError(
@@ -120,18 +119,25 @@ class ImplicitDivergence(Objective):
         names = self._selected(self._prepared_for(call))
         with device_of(call.args, call.kwargs):
             trace = self._draw(call, names)
-            sites = {name: trace.nodes[name] for name in (*names, *self.conditions)}
-            observed = {n: {**s, "value": _observed(s)} for n, s in sites.items()}
-            draws, data = joint(sites, self.plate), joint(observed, self.plate)
-            divergence, player = compare(self.divergence, draws, data)
+            divergence, player, found = self._compare(trace.nodes, names)
         frame = data_plate([trace], self.plate)
         loss = (frame.full_size or frame.size) * divergence
         if player is not None:
             loss = loss + (frame.full_size or frame.size) * (player - player.detach())
         if not parts:
             return loss, {}
-        found = {"loss": divergence.detach(), "divergence": divergence.detach()}
-        return loss, found if player is None else {**found, "discriminator": player.detach()}
+        whole = {"loss": divergence, "divergence": divergence, "discriminator": player}
+        parts_by_name = {name: part.detach() for name, part in whole.items() if part is not None}
+        return loss, {**parts_by_name, **found}
+
+    def _compare(self, nodes: Mapping[str, Any], names: Sequence[str]) -> ComparisonInParts:
+        """The draws at some sites against what was observed there, under the conditions."""
+        apart = takes_conditions(self.divergence)
+        sites = {n: nodes[n] for n in (*names, *(() if apart else self.conditions))}
+        observed = {n: {**s, "value": _observed(s)} for n, s in sites.items()}
+        given = [sample_table(nodes[n], self.plate) for n in self.conditions] if apart else []
+        draws, data = joint(sites, self.plate), joint(observed, self.plate)
+        return compare_in_parts(self.divergence, draws, data, given)
 
     def _draw(self, call: Call, names: Sequence[str]) -> Trace:
         return poutine.trace(_Drawn(names)(call.model)).get_trace(*call.args, **call.kwargs)
@@ -166,6 +172,26 @@ class _Drawn(Messenger):
 
 def _observed(site: dict[str, Any]) -> Tensor:
     return site["infer"].get("observed", site["value"])
+
+
+def _check_drawn(name: str, site: dict[str, Any], plate: str) -> None:
+    """Refuse a site whose draws can't be compared with what was observed there."""
+    if site["infer"].get("_deterministic"):
+        raise ValueError(
+            f"Expected observed sites that the story draws; got '{name}', which is given. Let the "
+            f"divergence see it by conditions=['{name}'], or name the others by sites=."
+        )
+    if observed_table(site, plate) is not None:
+        raise ValueError(
+            f"Expected observations to compare with whole draws; got a mask at site '{name}'. Use "
+            f"an objective with a likelihood, or complete data."
+        )
+    if not site["fn"].has_rsample:
+        raise ValueError(
+            f"Expected observed sites with reparameterised draws; got '{name}' with "
+            f"{type(site['fn']).__name__}, whose draws have no gradient. Let it be a Delta at what "
+            f"the story computes, or name others by sites=."
+        )
 
 
 def _check_guide(guide: Program | None, args: tuple, kwargs: dict) -> None:

@@ -6,5 +6,6 @@ plain datasets until they are handed over.
 
 from pyro_lvm.inference_data.comparison import compare
 from pyro_lvm.inference_data.posterior import to_arviz
+from pyro_lvm.inference_data.summaries import summarize
 
-__all__ = ["compare", "to_arviz"]
+__all__ = ["compare", "summarize", "to_arviz"]

@@ -103,6 +103,7 @@ def _elpd(arviz: Any, score: LogMarginal) -> Any:
 
 def _cross_validated(arviz: Any, idata: Any) -> Any:
     """Leave-one-out cross-validation; where no draw differs there is nothing to reweigh."""
+    _check_log_likelihood(idata)
     variables = dict(idata["log_likelihood"].data_vars)
     if len(variables) == 1:
         (rows,) = variables.values()
@@ -110,6 +111,12 @@ def _cross_validated(arviz: Any, idata: Any) -> Any:
         if rows.ndim == 3 and (values == values[0]).all():
             return _pointwise(arviz, values[0], np.full(values.shape[1], -np.inf), len(values))
     return arviz.loo(idata, pointwise=True)
+
+
+def _check_log_likelihood(idata: Any) -> None:
+    reason = idata["posterior"].attrs.get("no_log_likelihood")
+    if reason is not None:
+        raise ValueError(f"Expected the group log_likelihood; got none: {reason}")
 
 
 def _pointwise(arviz: Any, values: np.ndarray, pareto_k: np.ndarray, num_samples: int) -> Any:

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-__all__ = ["Arrays", "assemble", "import_arviz", "is_arviz_1", "to_numpy"]
+__all__ = ["Arrays", "Variable", "assemble", "import_arviz", "is_arviz_1", "to_numpy"]
 
-Arrays = dict[str, tuple[tuple[str, ...], np.ndarray]]  # variable -> dimensions, values
+Variable = tuple[tuple[str, ...], np.ndarray]  # dimensions, values
+Arrays = dict[str, Variable]
 
 
 def assemble(groups: Mapping[str, Arrays], attributes: Mapping[str, dict[str, Any]]) -> Any:

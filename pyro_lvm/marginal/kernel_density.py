@@ -6,21 +6,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_lvm.checks import check_count, check_data, check_positive
-from pyro_lvm.distributions.kernel_density import KernelDensity, squared_distances
+from pyro_lvm.checks import check_count, check_data
+from pyro_lvm.distributions.bandwidth import best_bandwidth
+from pyro_lvm.distributions.kernel_density import KernelDensity
 from pyro_lvm.marginal.log_marginal import LogMarginal, Observations
 from pyro_lvm.marginal.weights import StreamingWeights
 from pyro_lvm.pair import Program
 from pyro_lvm.terms import simulate
 
-__all__ = ["best_bandwidth", "kernel_density"]
+__all__ = ["kernel_density"]
 
 _ADVICE = (
     "Few draws are near such a datum: take more, or state an observation noise "
     "(marginal.with_gaussian_noise) and use annealed_importance_sampling."
 )
-_STEPS = 40
-_SPAN = (0.02, 2.0)
 
 
 @torch.no_grad()
@@ -107,34 +106,3 @@ def _draws(
         run = simulate(model, args, kwargs, plate=plate, sites=[site])
         parts.append(run.drawn[site].flatten(1))
     return torch.cat(parts)[:num_samples]
-
-
-def best_bandwidth(points: Tensor, x: Tensor, bandwidths: Sequence[float] | None = None) -> float:
-    """The bandwidth of a `KernelDensity` under which some data are most probable.
-
-    Args:
-        points: ``S x D``.
-        x: ``V x D``, other data than the points.
-        bandwidths: Values to choose from; if None, forty between .02 and 2 times the root mean
-            square deviation of x.
-
-    Raises:
-        ValueError: If there are none, or one is not positive.
-    """
-    if bandwidths is None:
-        spread = float(x.double().var(0, unbiased=False).mean().sqrt())
-        bandwidths = [
-            spread * _SPAN[0] * (_SPAN[1] / _SPAN[0]) ** (i / (_STEPS - 1)) for i in range(_STEPS)
-        ]
-    if len(bandwidths) == 0:
-        raise ValueError("Expected at least one bandwidth; got none.")
-    for bandwidth in bandwidths:
-        check_positive("every one of bandwidths", bandwidth)
-    widths = torch.tensor([float(h) for h in bandwidths], dtype=torch.float64, device=x.device)
-    total: Tensor | None = None
-    for squared in squared_distances(points, x):  # all widths see one table of distances
-        found = torch.stack([(-0.5 * squared / h**2).logsumexp(0) for h in widths])
-        total = found if total is None else torch.logaddexp(total, found)
-    assert total is not None
-    means = total.mean(1) - x.shape[1] * widths.log()
-    return float(widths[means.argmax()])

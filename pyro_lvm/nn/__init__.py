@@ -9,6 +9,7 @@ any module with an ``event_shape``, a ``params_per_value`` and a ``forward(raw)`
 Shapes: ``batch`` is any number of leading dimensions, ``num_particles x N`` among them.
 """
 
+from pyro_lvm.nn.delta import DeltaHead
 from pyro_lvm.nn.heads import (
     BernoulliHead,
     CategoricalHead,
@@ -16,7 +17,11 @@ from pyro_lvm.nn.heads import (
     NormalHead,
 )
 from pyro_lvm.nn.joined import Joined
+from pyro_lvm.nn.label_head import LabelHead
 from pyro_lvm.nn.networks import MLP, ConvDecoder, ConvEncoder
+from pyro_lvm.nn.pixelcnn import PixelCNN
+from pyro_lvm.nn.spectral import spectral_normalization
+from pyro_lvm.nn.vamp_prior import VampPrior
 
 __all__ = [
     "MLP",
@@ -25,6 +30,11 @@ __all__ = [
     "ContinuousBernoulliHead",
     "ConvDecoder",
     "ConvEncoder",
+    "DeltaHead",
     "Joined",
+    "LabelHead",
     "NormalHead",
+    "PixelCNN",
+    "VampPrior",
+    "spectral_normalization",
 ]

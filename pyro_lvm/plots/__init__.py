@@ -7,6 +7,7 @@ Nothing is shown and no setting of matplotlib is changed. Tensors may be on any 
 from pyro_lvm.plots.bidirectional import plot_bidirectional
 from pyro_lvm.plots.collapse import plot_collapse
 from pyro_lvm.plots.comparison import plot_comparison
+from pyro_lvm.plots.densities import plot_densities
 from pyro_lvm.plots.history import plot_history
 from pyro_lvm.plots.images import plot_images, plot_means, plot_reconstructions
 from pyro_lvm.plots.posterior import plot_aggregate_posterior
@@ -16,6 +17,7 @@ __all__ = [
     "plot_bidirectional",
     "plot_collapse",
     "plot_comparison",
+    "plot_densities",
     "plot_history",
     "plot_images",
     "plot_means",
