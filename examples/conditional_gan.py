@@ -8,7 +8,9 @@ players want the digit to be told,
     D minimises  -log sigmoid(T(x)) - log sigmoid(-T(x'))  +  -log f(y | x) - log f(y | x'),
 
 with x' = G(z, y), and differ on whether it is real. Whether the draws are what was ordered is
-judged by another classifier, which was trained on real digits and took no part.
+judged by another classifier, which was trained on real digits and took no part. Agreement alone is
+easy, by one image of each digit; the spread is the variance of the draws within a class as a share
+of that of the data.
 
     python examples/conditional_gan.py                        # 8 x 8 digits of scikit-learn
     python examples/conditional_gan.py --data folder/of/MNIST --seeds 5
@@ -21,7 +23,7 @@ import pandas as pd
 import torch
 from common import grey_images, parser, ready, save
 from digit_classifier import CLASSES, agreement, train_classifier
-from gan import LATENTS, adam, discriminator, generator, plot_players
+from gan import BALANCE, LATENTS, adam, discriminator, epochs_for, generator, plot_players
 from torch import nn
 
 import pyro_lvm as lvm
@@ -32,15 +34,17 @@ ORDERED = 200  # draws of each class that are judged
 def main() -> None:
     options = parser(__doc__, epochs=30)
     options.add_argument("--seeds", type=int, default=1, help="how many runs, from --seed on")
+    options.set_defaults(epochs=None)
     args = ready(options.parse_args())
     data = grey_images(args.data)
+    args.epochs = args.epochs or epochs_for(data)
     classifier = train_classifier(data, device=args.device)
     rows, shown = {}, None
     for seed in range(args.seed, args.seed + args.seeds):
         torch.manual_seed(seed)
         gan = build(data)
         fit = train(gan, data, args)
-        rows[f"seed {seed}"] = measures(gan, fit, classifier, args)
+        rows[f"seed {seed}"] = measures(gan, fit, classifier, data, args)
         shown = shown or (gan, fit)
     real = agreement(classifier, data.test, data.test_labels)
     print(f"the classifier agrees with {real:.1%} of the labels of real test images\n")
@@ -58,7 +62,8 @@ def train(
     gan: lvm.models.ConditionalGAN, data: lvm.datasets.Split, args: argparse.Namespace
 ) -> lvm.Fit:
     """By a discriminator that names the class."""
-    players = lvm.divergences.AuxiliaryClassifier(discriminator(data, 1 + CLASSES), CLASSES)
+    judge = discriminator(data, 1 + CLASSES)
+    players = lvm.divergences.AuxiliaryClassifier(judge, CLASSES, **BALANCE)
     return lvm.fit(
         gan.model,
         gan.guide,
@@ -75,17 +80,21 @@ def measures(
     gan: lvm.models.ConditionalGAN,
     fit: lvm.Fit,
     classifier: nn.Module,
+    data: lvm.datasets.Split,
     args: argparse.Namespace,
 ) -> dict[str, float]:
     """How many of the draws are what was ordered, over all classes and of the worst one."""
-    shares = []
+    shares, spreads = [], []
     for label in range(CLASSES):
         y = torch.full((ORDERED,), label, device=args.device)
-        shares.append(agreement(classifier, gan.sample(y), y))
+        draws, real = gan.sample(y), data.test[data.test_labels == label]
+        shares.append(agreement(classifier, draws, y))
+        spreads.append(float(draws.var(0).sum() / real.var(0).sum()))
     return {
         "epochs": fit.num_epochs,
         "agreement": sum(shares) / CLASSES,
         "of the worst class": min(shares),
+        "spread": sum(spreads) / CLASSES,
         "classifier[draws]": fit.history["classifier[draws]"][-1],
         "classifier[data]": fit.history["classifier[data]"][-1],
         "discriminator": fit.history["discriminator"][-1],

@@ -47,7 +47,7 @@ def main() -> None:
     print(f"{pd.DataFrame({n: s.values for n, s in studies.items()}).T.round(3).to_string()}\n")
     for name, found in studies.items():
         print(f"z of the {name} image:")
-        print(f"{summarize(found.posteriors).round(3).to_string()}\n")
+        print(f"{table(found).round(3).to_string()}\n")
     draw(vae, chosen, studies, args)
 
 
@@ -103,6 +103,21 @@ class Grid:
     def mass(self) -> Tensor:
         """The probability of every cell."""
         return self.log_joint.flatten().softmax(0).reshape(self.log_joint.shape)
+
+    @property
+    def mean(self) -> Tensor:
+        """E[z | x], 2."""
+        sides = (self.mass.sum(1), self.mass.sum(0))
+        return torch.stack(
+            [side @ axis.double() for side, axis in zip(sides, self.axes, strict=True)]
+        )
+
+    @property
+    def sd(self) -> Tensor:
+        """The standard deviations of z given x, 2."""
+        sides, squares = (self.mass.sum(1), self.mass.sum(0)), [a.double() ** 2 for a in self.axes]
+        second = torch.stack([side @ square for side, square in zip(sides, squares, strict=True)])
+        return (second - self.mean**2).sqrt()
 
     def sample(self, num_samples: int) -> Tensor:
         """Draws, K x 2, even within their cells."""
@@ -173,6 +188,17 @@ def study(vae: lvm.VAE, x: Tensor, args: argparse.Namespace) -> Study:
     )
 
 
+def table(found: Study) -> pd.DataFrame:
+    """ArviZ's numbers for each coordinate of z, beside the moments on the grid."""
+    rows = summarize(found.posteriors)
+    names = ("z[0, 0]", "z[0, 1]")
+    mean, sd = (dict(zip(names, v.tolist(), strict=True)) for v in (found.grid.mean, found.grid.sd))
+    variable = rows.index.get_level_values("variable")
+    rows.insert(1, "exact mean", variable.map(mean))
+    rows.insert(3, "exact sd", variable.map(sd))
+    return rows
+
+
 def as_posterior(z: Tensor) -> dict[str, xarray.Dataset]:
     """Draws, K x 2, as the group that ArviZ reads."""
     dims = ("chain", "draw", "data", "z_dim_0")
@@ -208,6 +234,9 @@ def draw_plane(ax: Any, vae: lvm.VAE, x: Tensor, found: Study) -> None:
     for share in (0.5, 0.8, 0.95):  # P(|z| < r) = 1 - exp(-r^2 / 2)
         ring = loc + math.sqrt(-2 * math.log(1 - share)) * scale * circle
         ax.plot(*ring.T, color="#D55E00", linewidth=1.2, label="q(z | x)" if share == 0.5 else None)
+    for set_limits, values in ((ax.set_xlim, z[:, 0]), (ax.set_ylim, z[:, 1])):
+        margin = 0.2 * (values.max() - values.min())
+        set_limits(values.min() - margin, values.max() + margin)
     side = math.isqrt(x.shape[1])
     inset = ax.inset_axes((0.02, 0.74, 0.24, 0.24))
     inset.imshow(x.reshape(side, side), cmap="gray")

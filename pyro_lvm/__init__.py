@@ -17,7 +17,7 @@ from pyro_lvm import (
 )
 from pyro_lvm.compiled import CompiledStep, compile
 from pyro_lvm.configured import Configured
-from pyro_lvm.divergences import MMD, Adversarial, SlicedWasserstein, Stein
+from pyro_lvm.divergences import MMD, Adversarial, AuxiliaryClassifier, SlicedWasserstein, Stein
 from pyro_lvm.infer import (
     CyclicSchedule,
     ImplicitDivergence,
@@ -26,9 +26,22 @@ from pyro_lvm.infer import (
     TraceInfo_ELBO,
     TraceIW_ELBO,
 )
-from pyro_lvm.inference_data import compare, to_arviz
+from pyro_lvm.inference_data import compare, summarize, to_arviz
 from pyro_lvm.marginal import LogMarginal
-from pyro_lvm.models import VAE, ConditionalVAE, GaussianMixture
+from pyro_lvm.models import (
+    GAN,
+    VAE,
+    ConditionalGAN,
+    ConditionalVAE,
+    Density,
+    Gaussian,
+    GaussianMixture,
+    HierarchicalVAE,
+    KernelDensity,
+    MixtureVAE,
+    PixelCNNVAE,
+    SemiSupervisedVAE,
+)
 from pyro_lvm.pair import masked, plate_size
 from pyro_lvm.storage import load, save
 from pyro_lvm.terms import Terms, compute_terms
@@ -37,18 +50,28 @@ from pyro_lvm.training import Fit, fit
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "GAN",
     "MMD",
     "VAE",
     "Adversarial",
+    "AuxiliaryClassifier",
     "CompiledStep",
+    "ConditionalGAN",
     "ConditionalVAE",
     "Configured",
     "CyclicSchedule",
+    "Density",
     "Fit",
+    "Gaussian",
     "GaussianMixture",
+    "HierarchicalVAE",
     "ImplicitDivergence",
+    "KernelDensity",
     "LinearSchedule",
     "LogMarginal",
+    "MixtureVAE",
+    "PixelCNNVAE",
+    "SemiSupervisedVAE",
     "SigmoidSchedule",
     "SlicedWasserstein",
     "Stein",
@@ -72,5 +95,6 @@ __all__ = [
     "plate_size",
     "plots",
     "save",
+    "summarize",
     "to_arviz",
 ]

@@ -180,6 +180,17 @@ def test_a_mask_that_hides_nothing_changes_nothing():
     assert (score.log_prob == 0).all()
 
 
+def test_a_prior_may_be_the_same_for_all_conditions():
+    vae = networks()
+    x, y = labelled()
+    prior = dist.Normal(torch.tensor([1.0, -2.0]), 0.5).to_event(1)
+    same = ConditionalVAE(vae.encoder, vae.decoder, prior)
+    assert same.prior_distribution(y) is prior
+    terms = lvm.compute_terms(same.model, same.guide, x, y)
+    torch.testing.assert_close(terms.log_prior["z"], prior.log_prob(terms.samples["z"]))
+    assert same.sample(y).shape == x.shape
+
+
 def test_default_prior_is_found_without_a_head():
     vae = ConditionalVAE(
         Part(Linear(), "posterior"), Part(Linear(), "likelihood")

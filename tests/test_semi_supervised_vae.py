@@ -328,12 +328,12 @@ def test_missing_labels_are_imputed():
 
 
 def test_it_learns_from_labelled_and_unlabelled_data():
-    """Three blobs, one label in each: the classifier gets the rest right."""
+    """Three blobs, a few labels in each: the classifier gets the rest right."""
     y_true = torch.arange(90) % CLASSES
-    centres = 3 * torch.eye(CLASSES, FEATURES)
+    centres = 4 * torch.eye(CLASSES, FEATURES)
     x = centres[y_true] + 0.7 * torch.randn(90, FEATURES)
     y = torch.full_like(y_true, -1)
-    y[:3] = y_true[:3]
+    y[:15] = y_true[:15]
     vae = networks(label_weight=10.0, class_probs=None)
     fit = lvm.fit(
         vae.supervised_model,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyro_lvm.checks import check_data, check_finite
 from pyro_lvm.models.base import Model
-from pyro_lvm.models.latents import check_prior, head_shape, standard_normal
+from pyro_lvm.models.latents import check_prior, head_shape, prior_of
 from pyro_lvm.pair import Masks
 from pyro_lvm.pair.masks import entry_mask
 
@@ -113,16 +113,7 @@ class ConditionalVAE(Model):
         Raises:
             ValueError: If the prior is the default one and the encoder has not been run yet.
         """
-        if callable(self.prior):
-            return self.prior(y)
-        if self.prior is not None:
-            return self.prior
-        if self._latent_shape is None:
-            raise ValueError(
-                "Expected the shape of z to be known; got an encoder without head.event_shape "
-                "that has not been run. Call model or guide on data first, or pass prior=."
-            )
-        return standard_normal(self._latent_shape, self._zero)
+        return prior_of(self.prior, self._latent_shape, self._zero, y)
 
     def _prior_given(self, x: Tensor, y: Tensor) -> Any:
         if self.prior is None and self._latent_shape is None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyro_lvm.checks import check_count, check_data
 from pyro_lvm.models.base import Model
-from pyro_lvm.models.latents import check_prior, standard_normal
+from pyro_lvm.models.latents import check_prior, prior_of
 from pyro_lvm.nn.shapes import as_sizes
 
 __all__ = ["GAN", "ConditionalGAN"]
@@ -41,11 +41,7 @@ class _Generator(Model):
 
     def prior_distribution(self) -> Any:
         """p(z), a Distribution without batch shape."""
-        if isinstance(self.prior, nn.Module):
-            return self.prior()
-        if self.prior is not None:
-            return self.prior
-        return standard_normal(torch.Size(self.latent_shape), self._zero)
+        return prior_of(self.prior, self.latent_shape, self._zero)
 
     def _given(self, z: Tensor, *conditions: Tensor) -> Any:
         """p(x | z), a point mass where the generator returns a tensor."""

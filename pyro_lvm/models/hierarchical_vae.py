@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyro_lvm.checks import check_data
 from pyro_lvm.models.base import Model
-from pyro_lvm.models.latents import check_prior, head_shape, standard_normal
+from pyro_lvm.models.latents import check_prior, head_shape, prior_of
 from pyro_lvm.pair import Masks
 
 __all__ = ["HierarchicalVAE"]
@@ -119,17 +119,7 @@ class HierarchicalVAE(Model):
         Raises:
             ValueError: If the prior is the default one and the encoders have not been run yet.
         """
-        if isinstance(self.prior, nn.Module):
-            return self.prior()
-        if self.prior is not None:
-            return self.prior
-        if self._latent_shape is None:
-            raise ValueError(
-                f"Expected the shape of z{self.num_layers} to be known; got an encoder without "
-                f"head.event_shape that has not been run. Call model or guide on data first, or "
-                f"pass prior=."
-            )
-        return standard_normal(self._latent_shape, self._zero)
+        return prior_of(self.prior, self._latent_shape, self._zero)
 
     def _prior_given(self, x: Tensor) -> Any:
         if self.prior is None and self._latent_shape is None:

@@ -1,12 +1,13 @@
 """The prior of a latent vector, where a model is given none or one that must fit."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-__all__ = ["check_prior", "head_shape", "standard_normal"]
+__all__ = ["check_prior", "head_shape", "prior_of"]
 
 
 def check_prior(prior: Any) -> None:
@@ -29,6 +30,25 @@ def head_shape(network: nn.Module) -> torch.Size | None:
     return None if shape is None else torch.Size(shape)
 
 
-def standard_normal(shape: torch.Size, like: Tensor) -> Any:
-    """N(0, I) over events of a shape, on the device and in the precision of a tensor."""
-    return dist.Normal(like.new_zeros(()), 1.0).expand(shape).to_event(len(shape))
+def prior_of(given: Any, shape: Sequence[int] | None, like: Tensor, *conditions: Tensor) -> Any:
+    """The prior that a model is given, or a standard normal.
+
+    Args:
+        given: A Distribution; or a module or function of the conditions that returns one; or None.
+        shape: The event shape of the latent, if it is known.
+        like: Where the standard normal lives, and in which precision.
+        *conditions: What the prior may depend on.
+
+    Raises:
+        ValueError: If none is given and the shape is not known.
+    """
+    if isinstance(given, torch.distributions.Distribution):
+        return given
+    if given is not None:
+        return given(*conditions)
+    if shape is None:
+        raise ValueError(
+            "Expected the shape of z to be known; got an encoder without head.event_shape that "
+            "has not been run. Call model or guide on data first, or pass prior=."
+        )
+    return dist.Normal(like.new_zeros(()), 1.0).expand(torch.Size(shape)).to_event(len(shape))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyro_lvm.checks import check_data, check_finite, check_positive
 from pyro_lvm.models.base import Model
-from pyro_lvm.models.latents import check_prior, head_shape, standard_normal
+from pyro_lvm.models.latents import check_prior, head_shape, prior_of
 from pyro_lvm.pair import Masks
 
 __all__ = ["SemiSupervisedVAE"]
@@ -176,16 +176,7 @@ class SemiSupervisedVAE(Model):
         Raises:
             ValueError: If the prior is the default one and the encoder has not been run yet.
         """
-        if isinstance(self.prior, nn.Module):
-            return self.prior()
-        if self.prior is not None:
-            return self.prior
-        if self._latent_shape is None:
-            raise ValueError(
-                "Expected the shape of z to be known; got an encoder without head.event_shape "
-                "that has not been run. Call model or guide on data first, or pass prior=."
-            )
-        return standard_normal(self._latent_shape, self._log_class_probs)
+        return prior_of(self.prior, self._latent_shape, self._log_class_probs)
 
     def _story(self, x: Tensor, y: Tensor | None) -> Tensor:
         label = pyro.sample("y", self._class_prior())

@@ -21,6 +21,8 @@ __all__ = ["plot_densities"]
 
 _MAX_DRAWS = 4_000  # a kernel density of more is slow, and looks the same
 _POINTS = 400
+_REACH = 3.0  # bandwidths beyond the last draw
+_CLIFF = 0.3  # of the peak; where a density ends at its peak, a kernel estimate has half of it
 _TAIL = 0.001  # how much of a closed form may lie outside of the picture at either end
 
 
@@ -34,8 +36,9 @@ def plot_densities(
 ) -> Axes:
     """Marginal densities of one number under several posteriors, and in closed form.
 
-    Draws become a Gaussian kernel estimate between their extremes, where it is reflected, so that
-    a density that ends there does not seem to fall off. Closed forms are dashed.
+    Draws become a Gaussian kernel estimate. Where it is still high at the last draw, as for a
+    probability with its mode at 0, it is reflected there, so that a density that ends does not seem
+    to fall off. Closed forms are dashed.
 
     Args:
         posteriors: Name -> what `to_arviz` returns, or draws of the number, ``K``, or a
@@ -69,7 +72,7 @@ def plot_densities(
     ax.set(xlabel=_name_of(var, coords), ylabel="density")
     ax.set_ylim(bottom=0.0)
     open_frame(ax)
-    legend_below(ax, ncols=min(len(curves), 4))
+    legend_below(ax, ncols=len(curves) if len(curves) < 4 else 2)
     return ax
 
 
@@ -137,8 +140,14 @@ def _kernel_density(
             f"density."
         )
     kernels = gaussian_kde(draws, bw_method=bandwidth)
-    x = np.linspace(low, high, _POINTS)
-    return x, kernels(x) + kernels(2 * low - x) + kernels(2 * high - x)
+    reach = _REACH * kernels.factor * draws.std()
+    x = np.linspace(low - reach, high + reach, _POINTS)
+    density, ends = kernels(x), kernels([low, high])
+    for end, side, value in ((low, x >= low, ends[0]), (high, x <= high, ends[1])):
+        if value > _CLIFF * density.max():
+            density = np.where(side, density + kernels(2 * end - x), np.nan)
+    inside = ~np.isnan(density)
+    return x[inside], density[inside]
 
 
 def _name_of(var: str, coords: dict[str, int]) -> str:
