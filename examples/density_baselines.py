@@ -153,7 +153,7 @@ def train(vae: lvm.VAE, data: Levels, args: argparse.Namespace) -> lvm.Fit:
         transform=data.dequantized,
         validation=data.validation,
         epochs=args.epochs,
-        patience=10,
+        patience=20,
         batch_size=128 if data.num_pixels > 100 else 32,
         trainer={"gradient_clip_val": 100.0},
         device=args.device,
@@ -168,7 +168,7 @@ def score(model: Any, y: Tensor, args: argparse.Namespace) -> lvm.LogMarginal:
     """
     if not isinstance(model, lvm.VAE):
         return lvm.marginal.exact(model.model, model.guide, y)
-    refined = lvm.marginal.refined(model.model, model.guide, y)
+    refined = lvm.marginal.refined(model.model, model.guide, y, num_steps=min(200, args.samples))
     proposal = lvm.marginal.widened(refined, (1.0, 1.5))
     return lvm.marginal.importance_sampling(model.model, proposal, y, num_samples=args.samples)
 

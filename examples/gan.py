@@ -11,7 +11,9 @@ no second player. Model and training are the same; the divergence is an argument
 
 Are the draws digits, and all of them? A classifier of real digits says which digit each draw is,
 and the spread is the variance of the draws as a share of that of the data: a generator that draws
-the same few images over and over has a small one. How good is the density? With an observation noise, x = G(z) + .2 e, there is one,
+the same few images over and over has a small one.
+
+How good is the density? With an observation noise, x = G(z) + .2 e, there is one,
 
     log p(x) = log integral N(x; G(z), .2^2) p(z) dz,
 

@@ -52,7 +52,7 @@ def main() -> None:
     }
     whole = torch.ones_like(x, dtype=torch.bool)
     complete = {
-        name: log_prob((m.model, proposal(m, x, whole)), x, whole, args)
+        name: log_prob((m.model, proposal(m, x, whole, args)), x, whole, args)
         for name, m in models.items()
     }
     rows = {key: f.row(complete[key[1]]) for key, f in found.items()}
@@ -138,7 +138,7 @@ def train(model: nn.Module, data: Levels, args: argparse.Namespace) -> lvm.Fit:
         transform=lambda k, mask: (data.dequantized(k), mask),
         validation=(data.validation * held_out, held_out),
         epochs=args.epochs,
-        patience=10,
+        patience=20,
         batch_size=128 if data.num_pixels > 100 else 32,
         trainer={"gradient_clip_val": 100.0},
         device=args.device,
@@ -151,7 +151,7 @@ class Found:
 
     def __init__(self, model: Any, x: Tensor, mask: Tensor, args: argparse.Namespace) -> None:
         self.x, self.mask = x, mask
-        pair = model.model, proposal(model, x * mask, mask)
+        pair = model.model, proposal(model, x * mask, mask, args)
         self.score = log_prob(pair, x * mask, mask, args)
         if isinstance(model, lvm.VAE):
             drawn = lvm.marginal.impute(*pair, x * mask, mask, num_samples=200)
@@ -174,11 +174,13 @@ class Found:
         }
 
 
-def proposal(model: Any, x: Tensor, mask: Tensor) -> Any:
+def proposal(model: Any, x: Tensor, mask: Tensor, args: argparse.Namespace) -> Any:
     """The guide; that of the VAE refined for each image, and widened."""
     if not isinstance(model, lvm.VAE):
         return model.guide
-    refined = lvm.marginal.refined(model.model, model.guide, x, mask)
+    refined = lvm.marginal.refined(
+        model.model, model.guide, x, mask, num_steps=min(200, args.samples)
+    )
     return lvm.marginal.widened(refined, (1.0, 1.5))
 
 

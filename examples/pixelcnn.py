@@ -15,7 +15,7 @@ and keeps the aggregate posterior q(z) at the prior by the maximum mean discrepa
     E_q[log p(x | z)] - lambda MMD^2(q(z), p(z))
 
 The table has log p(x) of held-out images, exact or by importance sampling, beside what z knows of
-them: z that is used costs log p(x), since q(z) is the prior up to a nat or so only. The picture has
+them. What is used has its price in log p(x), since q(z) gets only near the prior. The picture has
 draws of x given the z of some test images, and their averages, which are like the image only where
 z is used.
 
@@ -125,21 +125,26 @@ def exact_score(pixelcnn: lvm.models.Density, x: Tensor) -> dict[str, float]:
 
 
 def score(vae: lvm.models.PixelCNNVAE, x: Tensor, num_samples: int) -> dict[str, float]:
-    """Log p(x) by importance sampling, nats per image.
-
-    Without the KL in the objective q(z | x) is narrower than the posterior, and a wider proposal
-    misses less.
-    """
-    wide = lvm.marginal.widened(vae.guide, scales=(1.0, 2.0, 4.0))
-    found = lvm.marginal.importance_sampling(
-        vae.model, wide, x, num_samples=num_samples, chunk_size=max(1, ROWS // len(x))
-    )
+    """Log p(x), nats per image, and how far it can be believed."""
+    found = estimate(vae, x, num_samples)
     return {
         "log p(x)": found.mean,
         "its error": found.mean_std_error,
         "of sampling": found.sampling_std_error,
         "k > 0.7": found.num_unreliable,
     }
+
+
+def estimate(vae: lvm.models.PixelCNNVAE, x: Tensor, num_samples: int) -> lvm.LogMarginal:
+    """Importance sampling.
+
+    Without the KL in the objective q(z | x) is narrower than the posterior, and a wider proposal
+    misses less.
+    """
+    wide = lvm.marginal.widened(vae.guide, scales=(1.0, 2.0, 4.0))
+    return lvm.marginal.importance_sampling(
+        vae.model, wide, x, num_samples=num_samples, chunk_size=max(1, ROWS // len(x))
+    )
 
 
 def information(vae: lvm.models.PixelCNNVAE, x: Tensor) -> dict[str, float]:
@@ -158,7 +163,7 @@ def draw(
     x: Tensor,
     image_shape: tuple[int, int],
 ) -> plt.Figure:
-    """Draws of the PixelCNN; and for every test image the average of draws given its z, and some."""
+    """Draws of the PixelCNN; of every test image, the average of draws given its z, and some."""
     figure, axes = plt.subplots(1, 3, figsize=(15, 5.4), layout="constrained")
     settings = {"image_shape": image_shape, "columns": len(x)}
     lvm.plots.plot_images(pixelcnn.sample(len(x) ** 2), **settings, ax=axes[0])
@@ -169,7 +174,7 @@ def draw(
         lvm.plots.plot_images(grid.flatten(0, 1), **settings, ax=ax)
         for column in (1, 2):
             ax.axvline(column * (image_shape[1] + 1), color="tab:orange", linewidth=3)
-        ax.set_title(f"VAE by {name}: test image | average of 32 draws given its z | draws")
+        ax.set_title(f"{name}: image | mean of 32 draws given its z | draws")
     return figure
 
 
