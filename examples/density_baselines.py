@@ -93,14 +93,14 @@ def baselines(data: Levels, args: argparse.Namespace) -> dict[str, Any]:
     """What needs no gradient: fitted in closed form, or by expectation-maximisation."""
     y, num_pixels = data.dequantized(data.train), data.num_pixels
     box = dist.Uniform(torch.zeros(num_pixels, device=args.device), 1.0).to_event(1)
-    kernels = lvm.models.KernelDensity(num_pixels).fit(y, validation=data.validation[:500])
+    kernels = lvm.KernelDensity(num_pixels).fit(y, validation=data.validation[:500])
     print(f"kernel density: width {float(kernels.bandwidth):.3f}, chosen on validation images")
     mixture = lvm.GaussianMixture(60, num_pixels, "diagonal").initialize(y[:5000])
     print(f"Gaussian mixture: {mixture.fit_em(y, max_iterations=min(args.epochs, 20))}")
     return {
-        "uniform": lvm.models.Density(box),
-        "Gaussian, diagonal": lvm.models.Gaussian(num_pixels, "diagonal").fit(y),
-        "Gaussian, full": lvm.models.Gaussian(num_pixels).fit(y),
+        "uniform": lvm.Density(box),
+        "Gaussian, diagonal": lvm.Gaussian(num_pixels, "diagonal").fit(y),
+        "Gaussian, full": lvm.Gaussian(num_pixels).fit(y),
         "kernel density": kernels,
         "Gaussian mixture": mixture,
     }

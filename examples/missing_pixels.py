@@ -87,9 +87,9 @@ def observed(data: Levels) -> tuple[Tensor, Tensor]:
     return mean, (known - mean).square().nanmean(0).sqrt()
 
 
-def means(data: Levels) -> lvm.models.Gaussian:
+def means(data: Levels) -> lvm.Gaussian:
     """Independent pixels: what is missing elsewhere changes nothing, so the maximum is closed."""
-    model = lvm.models.Gaussian(data.num_pixels, "diagonal", floor=1e-6)
+    model = lvm.Gaussian(data.num_pixels, "diagonal", floor=1e-6)
     model.loc, model.scale = observed(data)
     return model
 

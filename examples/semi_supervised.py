@@ -43,9 +43,10 @@ CLASSES = 10
 def main() -> None:
     options = parser(__doc__, epochs=30)
     options.add_argument("--labels", type=int, default=100, help="as many of each class")
+    options.add_argument("--weight", type=float, default=50.0, help="of a label's classification")
     args = ready(options.parse_args())
     data = grey_images(args.data)
-    vae, alone = build(data), build(data).classifier
+    vae, alone = build(data, args.weight), build(data).classifier
     history = Errors(data.validation, data.validation_labels)
     print(f"{train(vae, data, args, callbacks=[history])}\n")
     vae.to(args.device)
@@ -63,7 +64,7 @@ def main() -> None:
 # the model
 
 
-def build(data: lvm.datasets.Split) -> lvm.models.SemiSupervisedVAE:
+def build(data: lvm.datasets.Split, label_weight: float = 50.0) -> lvm.models.SemiSupervisedVAE:
     """One hidden layer in encoder and decoder, as in the paper; the classifier has convolutions."""
     pixels = data.train.shape[1]
     hidden, latents = (256, 50) if pixels > 100 else (64, 8)
@@ -74,7 +75,7 @@ def build(data: lvm.datasets.Split) -> lvm.models.SemiSupervisedVAE:
         encoder,
         decoder,
         num_classes=CLASSES,
-        label_weight=10.0,
+        label_weight=label_weight,
     )
 
 

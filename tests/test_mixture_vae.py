@@ -191,6 +191,8 @@ def test_learned_weights_and_a_divergence_between_samples_are_refused():
     by_density = lvm.TraceInfo_ELBO(alpha=1.0, lambda_=5.0, divergence=lvm.Stein())
     loss = by_density.differentiable_loss(vae.model, vae.guide, x)
     assert all(g.isfinite().all() for g in torch.autograd.grad(loss, list(vae.parameters())))
+    with pytest.raises(ValueError, match=r"\['y'\].*learned.*Stein"):
+        lvm.fit(vae.model, vae.guide, x, elbo=elbo, epochs=1)  # looks at it without gradients
 
 
 @pytest.mark.parametrize("learn_weights", [True, False])

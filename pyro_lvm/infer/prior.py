@@ -167,6 +167,7 @@ def prior_log_prob(
     return sum(others, first)
 
 
+@torch.enable_grad()
 def learned_choices(nodes: Mapping[str, Any]) -> list[str]:
     """Latent sites of a run that learn by what they choose without a pathwise gradient.
 
