@@ -29,7 +29,6 @@ import pyro.distributions as dist
 import torch
 from common import parser, ready, save
 from nuts import nuts
-from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import Tensor
 from torch.distributions import constraints
@@ -145,10 +144,7 @@ def train(model: Callable, guide: Callable, args: argparse.Namespace) -> lvm.Fit
         model,
         guide,
         THROWS,
-        # an autoguide's change of variables has a log-density, which an analytic KL would leave out
-        elbo=lvm.TraceInfo_ELBO(
-            host=Trace_ELBO, num_particles=20, vectorize_particles=True, max_plate_nesting=1
-        ),
+        elbo=lvm.TraceInfo_ELBO(num_particles=20, vectorize_particles=True, max_plate_nesting=1),
         epochs=args.epochs,
         optimizer=lambda p: torch.optim.Adam(p, lr=0.05),
         scheduler=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, args.epochs),

@@ -169,7 +169,9 @@ def _is_mean_field(model_sites: dict[str, dict], guide_sites: dict[str, dict]) -
 
     Every latent is reparameterised, model and guide have them in the same order (so that no parent
     of a latent in the model can be its descendant in the guide), and both weigh and mask them
-    alike, since that objective reads scale and mask from the guide alone.
+    alike, since that objective reads scale and mask from the guide alone. None is a point mass that
+    carries the log-density of what it was computed from, as autoguides have for latents that are
+    constrained: Pyro's KL of a ``Delta`` leaves that out.
     """
     shared = [name for name in model_sites if name in guide_sites]
     if shared != [name for name in guide_sites if name in model_sites]:
@@ -177,6 +179,8 @@ def _is_mean_field(model_sites: dict[str, dict], guide_sites: dict[str, dict]) -
     if any(name not in guide_sites for name, s in model_sites.items() if not s["is_observed"]):
         return False
     if not all(_has_rsample(site) for site in guide_sites.values()):
+        return False
+    if any(_carries_density(guide_sites[name]) for name in shared):
         return False
     return all(
         _same(model_sites[name][key], guide_sites[name][key])
@@ -190,10 +194,21 @@ def _has_rsample(site: dict) -> bool:
 
 
 def _is_point_mass(site: dict) -> bool:
+    return isinstance(_innermost(site), Delta)
+
+
+def _carries_density(site: dict) -> bool:
+    """Whether a site is a point mass with a log-density of its own."""
+    fn = _innermost(site)
+    return isinstance(fn, Delta) and bool(torch.as_tensor(fn.log_density).any())
+
+
+def _innermost(site: dict) -> Any:
+    """The distribution of a site without what is wrapped around it."""
     fn = site["fn"]
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
-    return isinstance(fn, Delta)
+    return fn
 
 
 def _is_in_the_reals(site: dict) -> bool:
