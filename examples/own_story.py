@@ -247,7 +247,12 @@ def main() -> None:
     args = arguments(__doc__, epochs=100)
     # Pyro knows parameters by their names, and variants of one story have the same: fitted in one
     # process they would share them. With this they belong to their modules.
-    pyro.settings.set(module_local_params=True)
+    with pyro.settings.context(module_local_params=True):
+        tell(args)
+
+
+def tell(args: argparse.Namespace) -> None:
+    """Both data sets, the scores of all variants, and the pictures."""
     toy, truth = simulated()
     on_toy, toy_pairs = results(toy, args)
     print(f"\nHeld-out log p(x), nats; {truth:.3f} under the truth of {TRUTH} factors")

@@ -89,7 +89,10 @@ def warm(elbo, model, guide, args):
 def test_compiled_loss_has_the_value_the_gradient_and_the_parts_of_python(name, objective):
     model, guide, args, elbo = pair_and_objective(name, objective)
     module = lvm.compile(elbo, model, guide, backend=lambda graph: graph).initialize(*args)
-    assert module.fallback_reason is None
+    if objective == "implicit, penalty":  # a derivative of a derivative: seen, and left to Python
+        assert "gradient" in module.fallback_reason
+    else:
+        assert module.fallback_reason is None
     parameters = list(module.parameters())
     for seed in (1, 2):
         results = []
