@@ -192,7 +192,6 @@ def fit(
     start = time.perf_counter()
     with quiet_lightning():
         from pyro_lvm.training.callbacks import BestParameters, EpochProgress
-        from pyro_lvm.training.saving import Checkpoints
 
     module = _checked_module(
         (model, guide, elbo, optimizer or _adam, scheduler), batches, held_out, plate, transform
@@ -208,22 +207,19 @@ def fit(
     if compiled:
         module = _compiled(module, settings)
     example = batches.smallest
-    best, checkpoint = BestParameters(), None
-    callbacks = [best, *callbacks]
-    if progress:
-        callbacks.append(EpochProgress(epochs))
+    best = BestParameters()
+    watching = [best, *callbacks, *([EpochProgress(epochs)] if progress else [])]
     foretold = last_positions(
         module.schedules, epochs=epochs, batches=batches.num_batches, settings=settings
     )
     warn_of_each(too_short(module.schedules, foretold, over=False).values())
     with moved(module, target):
         advance(module.schedules, step=0, epoch=0)
+        checkpoint = None
         if directory is not None:
             run = description(module, batches, held_out, seed, compiled=compiled)
             checkpoint = last_checkpoint(directory, run, epochs) if resume else None
-            fresh = checkpoint is None
-            module.goes_on_from = None if checkpoint is None else checkpoint.name
-            callbacks.append(Checkpoints(directory, checkpoint_every, best, run, fresh=fresh))
+            watching.append(_writer(module, directory, checkpoint_every, best, run, checkpoint))
         stopped = _train(
             module,
             _grouped(batches.to(target)) if compiled else batches.to(target),
@@ -231,7 +227,7 @@ def fit(
             epochs=epochs,
             patience=patience,
             target=target,
-            callbacks=callbacks,
+            callbacks=watching,
             settings=settings,
             checkpoint=checkpoint,
         )
@@ -305,6 +301,21 @@ def _compiled(module: "PairModule", settings: dict[str, Any]) -> "PairModule":
 def _grouped(batches: Minibatches) -> Groups:
     assert isinstance(batches, Batches)
     return Groups(batches, _STEPS_IN_A_GROUP)
+
+
+def _writer(
+    module: "PairModule",
+    directory: Path,
+    every: int | timedelta,
+    best: Any,
+    run: dict[str, Any],
+    checkpoint: Path | None,
+) -> Any:
+    """What writes the checkpoints of a run, which goes on from one or starts afresh."""
+    from pyro_lvm.training.saving import Checkpoints
+
+    module.goes_on_from = None if checkpoint is None else checkpoint.name
+    return Checkpoints(directory, every, best, run, fresh=checkpoint is None)
 
 
 def _train(
