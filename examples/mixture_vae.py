@@ -80,17 +80,9 @@ class FlowPrior(nn.Module):
         super().__init__()
         self.flow = zuko.flows.MAF(num_latents, transforms=3, hidden_features=(128, 128))
 
-    def forward(self) -> "Drawn":
+    def forward(self) -> ZukoToPyro:
         """Return p(z), in Pyro's words."""
-        return Drawn(self.flow())
-
-
-class Drawn(ZukoToPyro):
-    """Pyro draws from one of Zuko's distributions by calling it; a VAE asks for ``sample``."""
-
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
-        """Draws without gradient."""
-        return self(sample_shape).detach()
+        return ZukoToPyro(self.flow())
 
 
 def train(
@@ -194,7 +186,7 @@ def aggregate(model: Any, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def from_prior(model: Any, num_samples: int) -> Tensor:
-    z = model.prior_distribution().sample((num_samples,))
+    z = model.prior_distribution()((num_samples,))  # drawn as Pyro draws
     if isinstance(model, lvm.models.HierarchicalVAE):
         return model.downwards[1](z).sample()
     return z

@@ -8,6 +8,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import zuko
+from pyro.contrib.zuko import ZukoToPyro
 from pyro.infer import SVI, Trace_ELBO
 from scipy import stats
 from sklearn.mixture import GaussianMixture as SklearnMixture
@@ -530,3 +532,32 @@ def test_a_fit_that_is_refused_changes_nothing():
     with pytest.raises(ValueError, match="bandwidths"):
         model.fit(correlated(10), bandwidths=[-1.0])
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+
+
+class Flow(nn.Module):
+    """One of Zuko's, whose distribution draws when it is called and has no method for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.flow = zuko.flows.MAF(D, transforms=1, hidden_features=(8,))
+
+    def forward(self):
+        return ZukoToPyro(self.flow())
+
+
+def test_a_flow_of_zukos_is_a_density():
+    flow, x = Flow(), standardized(N).float()
+    model = Density(flow)
+    torch.testing.assert_close(exact(model.model, None, x).log_prob, flow.flow().log_prob(x))
+    assert model.sample(7).shape == (7, D)
+    assert not model.sample(7).requires_grad
+
+
+def test_a_flow_of_zukos_is_a_prior():
+    x = standardized(N).float()
+    encoder, decoder = (lvm.nn.MLP(D, [], head=lvm.nn.NormalHead(D)) for _ in range(2))
+    vae = lvm.VAE(encoder, decoder, prior=Flow())
+    terms = lvm.compute_terms(vae.model, vae.guide, x)
+    expected = vae.prior.flow().log_prob(terms.samples["z"])
+    torch.testing.assert_close(terms.log_prior["z"], expected)
+    assert vae.sample(7).shape == (7, D)

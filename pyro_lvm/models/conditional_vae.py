@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyro_lvm.checks import check_data, check_finite
 from pyro_lvm.models.base import Model
-from pyro_lvm.models.latents import check_prior, head_shape, prior_of
+from pyro_lvm.models.latents import check_prior, draws, head_shape, prior_of
 from pyro_lvm.pair import Masks
 from pyro_lvm.pair.masks import entry_mask
 
@@ -103,7 +103,7 @@ class ConditionalVAE(Model):
             mean: Whether to return E[x | z, y] in place of a draw of x.
         """
         prior = self.prior_distribution(y)
-        z = prior.sample() if prior.batch_shape else prior.sample((len(y),))
+        z = draws(prior) if prior.batch_shape else draws(prior, len(y))
         likelihood = self.decode(z, y)
         return likelihood.mean if mean else likelihood.sample()
 

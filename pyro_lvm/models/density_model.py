@@ -10,6 +10,7 @@ from torch import Tensor
 from pyro_lvm.checks import check_data
 from pyro_lvm.distributions import Incomplete
 from pyro_lvm.models.base import Model
+from pyro_lvm.models.latents import draws
 from pyro_lvm.pair import Masks
 from pyro_lvm.pair.masks import entry_mask
 
@@ -69,7 +70,7 @@ class DensityModel(Model):
     @torch.no_grad()
     def sample(self, num_samples: int) -> Tensor:
         """Draws of x, ``num_samples x event``."""
-        return self().sample((num_samples,))
+        return draws(self(), num_samples)
 
     def _seen(self, x: Tensor, mask: Tensor) -> Tensor:
         """The mask with the dimensions of x."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyro_lvm.checks import check_count, check_data
 from pyro_lvm.models.base import Model
-from pyro_lvm.models.latents import check_prior, prior_of
+from pyro_lvm.models.latents import check_prior, draws, prior_of
 from pyro_lvm.nn.shapes import as_sizes
 
 __all__ = ["GAN", "ConditionalGAN"]
@@ -115,7 +115,7 @@ class GAN(_Generator):
     def sample(self, num_samples: int) -> Tensor:
         """Draws of x, ``num_samples x event``."""
         check_count("num_samples", num_samples)
-        return self._given(self.prior_distribution().sample((num_samples,))).sample()
+        return self._given(draws(self.prior_distribution(), num_samples)).sample()
 
 
 class ConditionalGAN(_Generator):
@@ -173,7 +173,7 @@ class ConditionalGAN(_Generator):
     def sample(self, y: Tensor) -> Tensor:
         """One draw of x for each condition, ``N x event``."""
         _check("y", y)
-        return self._given(self.prior_distribution().sample((len(y),)), y).sample()
+        return self._given(draws(self.prior_distribution(), len(y)), y).sample()
 
 
 def _check(name: str, value: Any) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyro_lvm.checks import check_data
 from pyro_lvm.models.base import Model
-from pyro_lvm.models.latents import check_prior, head_shape, prior_of
+from pyro_lvm.models.latents import check_prior, draws, head_shape, prior_of
 from pyro_lvm.pair import Masks
 
 __all__ = ["HierarchicalVAE"]
@@ -107,7 +107,7 @@ class HierarchicalVAE(Model):
             num_samples: How many.
             mean: Whether to return E[x | z_1] in place of a draw of x.
         """
-        z = self.prior_distribution().sample((num_samples,))
+        z = draws(self.prior_distribution(), num_samples)
         for layer in range(self.num_layers - 1, 0, -1):
             z = self.downwards[layer](z).sample()
         likelihood = self.downwards[0](z)

@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-__all__ = ["check_prior", "head_shape", "prior_of"]
+__all__ = ["check_prior", "draws", "head_shape", "prior_of"]
 
 
 def check_prior(prior: Any) -> None:
@@ -52,3 +52,12 @@ def prior_of(given: Any, shape: Sequence[int] | None, like: Tensor, *conditions:
             "has not been run. Call model or guide on data first, or pass prior=."
         )
     return dist.Normal(like.new_zeros(()), 1.0).expand(torch.Size(shape)).to_event(len(shape))
+
+
+@torch.no_grad()
+def draws(distribution: Any, *shape: int) -> Tensor:
+    """Draws without a gradient, ``shape x batch x event``.
+
+    They are taken as ``pyro.sample`` takes them, by a call: a flow of Zuko's has no ``sample``.
+    """
+    return distribution(shape)

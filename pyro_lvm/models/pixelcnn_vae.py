@@ -86,11 +86,7 @@ class PixelCNNVAE(VAE):
         Returns:
             ``S x N x event``.
         """
-        if num_steps < 2:
-            raise ValueError(f"Expected num_steps >= 2, both ends included; got {num_steps}.")
-        a, b = self.encode(start).mean, self.encode(end).mean
-        t = torch.linspace(0, 1, num_steps, dtype=a.dtype, device=a.device)
-        return self._shown(torch.lerp(a, b, t.reshape(-1, *[1] * a.dim())), num_draws)
+        return self._shown(self._between(start, end, num_steps), num_draws)
 
     def _shown(self, z: Tensor, num_draws: int | None) -> Tensor:
         """What is shown of p(x | z)."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyro_lvm.checks import check_data, check_finite, check_positive
 from pyro_lvm.models.base import Model
-from pyro_lvm.models.latents import check_prior, head_shape, prior_of
+from pyro_lvm.models.latents import check_prior, draws, head_shape, prior_of
 from pyro_lvm.pair import Masks
 
 __all__ = ["SemiSupervisedVAE"]
@@ -167,7 +167,7 @@ class SemiSupervisedVAE(Model):
         if y is None:
             y = self._class_prior().sample((num_samples,))
         label = torch.as_tensor(y, device=self._log_class_probs.device).expand(num_samples)
-        likelihood = self.decode(self.prior_distribution().sample((num_samples,)), label)
+        likelihood = self.decode(draws(self.prior_distribution(), num_samples), label)
         return likelihood.mean if mean else likelihood.sample()
 
     def prior_distribution(self) -> Any:

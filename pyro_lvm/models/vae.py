@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyro_lvm.checks import check_data, check_finite
 from pyro_lvm.models.base import Model
-from pyro_lvm.models.latents import check_prior, head_shape, prior_of
+from pyro_lvm.models.latents import check_prior, draws, head_shape, prior_of
 from pyro_lvm.pair import Masks
 from pyro_lvm.pair.masks import entry_mask
 
@@ -104,7 +104,7 @@ class VAE(Model):
             num_samples: How many.
             mean: Whether to return E[x | z] in place of a draw of x.
         """
-        likelihood = self.decode(self.prior_distribution().sample((num_samples,)))
+        likelihood = self.decode(draws(self.prior_distribution(), num_samples))
         return likelihood.mean if mean else likelihood.sample()
 
     @torch.no_grad()
@@ -119,12 +119,7 @@ class VAE(Model):
         Returns:
             ``S x N x event``.
         """
-        if num_steps < 2:
-            raise ValueError(f"Expected num_steps >= 2, both ends included; got {num_steps}.")
-        a, b = self.encode(start).mean, self.encode(end).mean
-        t = torch.linspace(0, 1, num_steps, dtype=a.dtype, device=a.device)
-        t = t.reshape(-1, *[1] * a.dim())
-        return self.decode(a + t * (b - a)).mean
+        return self.decode(self._between(start, end, num_steps)).mean
 
     def prior_distribution(self) -> Any:
         """p(z), a Distribution without batch shape.
@@ -133,6 +128,14 @@ class VAE(Model):
             ValueError: If the prior is the default one and the encoder has not been run yet.
         """
         return prior_of(self.prior, self._latent_shape, self._zero)
+
+    def _between(self, start: Tensor, end: Tensor, num_steps: int) -> Tensor:
+        """Steps from the mean z of some data to that of others, ``S x N x latent``."""
+        if num_steps < 2:
+            raise ValueError(f"Expected num_steps >= 2, both ends included; got {num_steps}.")
+        a, b = self.encode(start).mean, self.encode(end).mean
+        t = torch.linspace(0, 1, num_steps, dtype=a.dtype, device=a.device)
+        return torch.lerp(a, b, t.reshape(-1, *[1] * a.dim()))
 
     def _prior_given(self, x: Tensor) -> Any:
         if self.prior is None and self._latent_shape is None:
