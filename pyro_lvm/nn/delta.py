@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 import pyro.distributions as dist
 from torch import Tensor, nn
 
-from pyro_lvm.nn.heads import _Head
+from pyro_lvm.nn.heads import Head
 
 __all__ = ["DeltaHead"]
 
 
-class DeltaHead(_Head):
+class DeltaHead(Head):
     """All of the probability at one point, ``x = activation(raw)``: a generator without noise.
 
     Args:

@@ -14,10 +14,10 @@ from pyro_lvm.configured import Configured
 from pyro_lvm.distributions import ContinuousBernoulli
 from pyro_lvm.nn.shapes import as_sizes, check_input, raw_shape
 
-__all__ = ["BernoulliHead", "CategoricalHead", "ContinuousBernoulliHead", "NormalHead"]
+__all__ = ["BernoulliHead", "CategoricalHead", "ContinuousBernoulliHead", "Head", "NormalHead"]
 
 
-class _Head(Configured, nn.Module):
+class Head(Configured, nn.Module):
     """What the heads share: sizes, the check of the input, and the event dimensions."""
 
     def __init__(self, event_shape: int | Sequence[int], params_per_value: int) -> None:
@@ -55,7 +55,7 @@ class _Head(Configured, nn.Module):
         return f"event_shape={self.event_shape}"
 
 
-class NormalHead(_Head):
+class NormalHead(Head):
     """Independent normals, ``prod_d N(x_d; loc_d, scale_d^2)``.
 
     The location is the first half of the raw output. The scale is one of
@@ -112,7 +112,7 @@ class NormalHead(_Head):
         return f"event_shape={self.event_shape}, scale={self.scale!r}, floor={self.floor}"
 
 
-class BernoulliHead(_Head):
+class BernoulliHead(Head):
     """Independent Bernoullis, ``p(x_d = 1) = sigmoid(raw_d)``, for binary values.
 
     Args:
@@ -131,7 +131,7 @@ class BernoulliHead(_Head):
         return dist.Bernoulli(logits=logits)
 
 
-class CategoricalHead(_Head):
+class CategoricalHead(Head):
     """Independent categoricals, ``p(x_d = k) = softmax(raw_d)_k``, for values 0 to K - 1.
 
     Each value of the event has its own K probabilities (256 for grey levels of a byte), and events
@@ -162,7 +162,7 @@ class CategoricalHead(_Head):
         return f"event_shape={self.event_shape}, num_categories={self.num_categories}"
 
 
-class ContinuousBernoulliHead(_Head):
+class ContinuousBernoulliHead(Head):
     """Independent continuous Bernoullis, for grey values in [0, 1].
 
         p(x_d) = exp(l_d x_d) l_d / (exp(l_d) - 1),    l = raw
