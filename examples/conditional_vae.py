@@ -36,16 +36,11 @@ CLASSES = 10
 def main() -> None:
     args = arguments(__doc__, epochs=100)
     data = images(args.data)
-    x, labels = data.test[: args.images], data.test_labels[: args.images]
-
     vae = build(data)
     print(f"{train(vae, data, args)}\n")
-    score = lvm.marginal.importance_sampling(
-        vae.model, vae.guide, x, labels, num_samples=args.samples
-    )
-    print(f"given the label, {score}\n")
+    print(f"given the label, {score(vae, (data.test, data.test_labels), args)}\n")
     wanted = torch.arange(CLASSES).repeat(100)
-    classifier = train_classifier(data)
+    classifier = train_classifier(data, device=args.device)
     share = agreement(classifier, vae.sample(wanted, mean=True), wanted)
     print(f"a classifier of real digits agrees with the label of {share:.1%} of {len(wanted)}\n")
 
@@ -110,6 +105,19 @@ def fit(
     )
 
 
+def score(
+    vae: lvm.ConditionalVAE, batch: tuple[Tensor, Tensor], args: argparse.Namespace
+) -> lvm.LogMarginal:
+    """Log p(x | y) of held-out images, on the device."""
+    vae.to(args.device)
+    x, y = (t[: args.images].to(args.device) for t in batch)
+    found = lvm.marginal.importance_sampling(
+        vae.model, vae.guide, x, y, num_samples=args.samples, batch_size=100
+    )
+    vae.cpu()
+    return found
+
+
 # ------------------------------------------------------------------------------- from a part
 
 
@@ -171,9 +179,9 @@ def predict_rest(num_given: int, data: lvm.datasets.Split, args: argparse.Namesp
     fit(vae.model, vae.guide, **parts, args=args, **both)
     x, y = rest.cut(data.test[: args.images])
     exact = lvm.marginal.exact(baseline.model, None, x, y)
-    score = lvm.marginal.importance_sampling(vae.model, vae.guide, x, y, num_samples=args.samples)
-    row = {"baseline": exact.mean, "conditional VAE": score.mean}
-    return Prediction(rest, baseline, vae, {**row, "error": score.mean_std_error})
+    found = score(vae, (x, y), args)
+    row = {"baseline": exact.mean, "conditional VAE": found.mean}
+    return Prediction(rest, baseline, vae, {**row, "error": found.mean_std_error})
 
 
 # --------------------------------------------------------------------------------- the picture
