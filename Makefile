@@ -24,7 +24,7 @@ demo-short: $(READY)  ## the same with a few training steps
 	$(BIN)/python examples/digits.py --out $(OUT)/short --short
 
 test: $(READY)  ## the tests, some minutes on two cores
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow' --numprocesses auto --dist worksteal
 
 test-slow: $(READY)  ## the tests that take longer than half a minute each
 	$(BIN)/python -m pytest -m slow
