@@ -12,6 +12,7 @@ from pyro.infer import Trace_ELBO, TraceGraph_ELBO
 from torch import nn
 
 import pyro_lvm as lvm
+from pyro_lvm.compiled.recording import settings_of
 from pyro_lvm.training.transform import TransformedObjective
 
 GREY = torch.tensor([0.1, 0.5, 0.8])
@@ -47,8 +48,8 @@ def test_binary_images_are_drawn_afresh(compile):
     coin = Coin()
     seen = []
 
-    def transform(x):
-        drawn = torch.bernoulli(x)
+    def transform(x):  # the negative, so that draws are told from the grey values themselves
+        drawn = 1 - torch.bernoulli(x)
         seen.append(drawn)
         return drawn
 
@@ -66,7 +67,7 @@ def test_binary_images_are_drawn_afresh(compile):
             compile=compile,
         )
     error = (GREY * (1 - GREY) / 100 / 10).sqrt()  # the last steps weigh some thousand draws
-    assert ((torch.sigmoid(coin.logits) - GREY).abs() < 5 * error).all()
+    assert ((torch.sigmoid(-coin.logits) - GREY).abs() < 5 * error).all()
     entropy = dist.Bernoulli(GREY).entropy().sum()
     assert fit.history["loss"][-1] == pytest.approx(float(entropy), abs=0.1)
     if not compile:
@@ -119,6 +120,34 @@ def test_an_objective_of_transformed_data_is_the_objective_of_these(elbo):
     wrapped = TransformedObjective(elbo, torch.bernoulli)
     found = lvm.compiled.objective.loss_and_parts(wrapped, pair.model, pair.guide, (x,))
     torch.testing.assert_close(found, expected)
+
+
+def test_the_pair_sees_transformed_data_only():
+    """Bytes become twice as many numbers, also where the pair is looked at before it is trained."""
+    linear = nn.Linear(6, 1)
+
+    def model(x):
+        pyro.module("linear", linear)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(linear(x), 1.0).to_event(1), obs=x[:, :1])
+
+    def doubled(x):
+        return torch.cat([x, x], 1).float()
+
+    x = torch.randint(256, (50, 3)).byte()
+    fit = lvm.fit(model, None, x, transform=doubled, validation=doubled(x), epochs=2, seed=0)
+    assert "validation/loss" in fit.history
+    with pytest.raises(ValueError, match="validation data of the same shapes"):
+        lvm.fit(model, None, x, transform=doubled, validation=x, epochs=2)
+
+
+def test_what_is_changed_in_an_objective_counts_under_a_transform_too():
+    elbo = lvm.TraceInfo_ELBO(alpha=0.5, lambda_=2.0, divergence=lvm.MMD())
+    wrapped = TransformedObjective(elbo, torch.bernoulli)
+    before = settings_of(wrapped, None)
+    assert settings_of(wrapped, None) == before
+    elbo.lambda_ = 3.0
+    assert settings_of(wrapped, None) != before
 
 
 def test_resumes_with_the_same_draws(tmp_path):

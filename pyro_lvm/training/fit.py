@@ -185,7 +185,7 @@ def fit(
     directory = check_checkpoints(checkpoint_dir, checkpoint_every, resume)
     settings = dict(trainer or {})
     check_settings(settings)
-    batches, held_out = in_minibatches(data, validation, batch_size)
+    batches, held_out = in_minibatches(data, validation, batch_size, transform)
     target = device_of_process(device_for(device, batches), settings)
     if seed is not None:
         pyro.set_rng_seed(seed)

@@ -7,6 +7,7 @@ from pyro_lvm.training.batches import Batches
 from pyro_lvm.training.loaders import Loaded
 from pyro_lvm.training.preflight import check_alike
 from pyro_lvm.training.sources import Data
+from pyro_lvm.training.transform import Transform
 
 __all__ = ["Minibatches", "device_for", "in_minibatches"]
 
@@ -15,15 +16,21 @@ _EVALUATION_BATCH = 1024  # validation needs no gradients, so that larger batche
 
 
 def in_minibatches(
-    data: Data | DataLoader, validation: Data | DataLoader | None, batch_size: int
+    data: Data | DataLoader,
+    validation: Data | DataLoader | None,
+    batch_size: int,
+    transform: Transform | None = None,
 ) -> tuple[Minibatches, Minibatches | None]:
-    """Training data, shuffled, and validation data if there are any, which have to be alike."""
+    """Training data, shuffled, and validation data if there are any.
+
+    The latter have to be like the former as the pair sees them, which are transformed.
+    """
     batches = _minibatches(data, batch_size, shuffle=True, name="data")
     if validation is None:
         return batches, None
     size = max(batch_size, _EVALUATION_BATCH)
     held_out = _minibatches(validation, size, shuffle=False, name="validation")
-    check_alike(batches, held_out)
+    check_alike(batches, held_out, transform)
     return batches, held_out
 
 

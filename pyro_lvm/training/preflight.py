@@ -110,9 +110,13 @@ def check_loss(
         )
 
 
-def check_alike(batches: Batches | Loaded, held_out: Batches | Loaded) -> None:
-    """Refuse validation data of another kind than the training data."""
-    kinds = [[(t.shape[1:], t.dtype) for t in b.smallest] for b in (batches, held_out)]
+def check_alike(
+    batches: Batches | Loaded, held_out: Batches | Loaded, transform: Transform | None
+) -> None:
+    """Refuse validation data of another kind than what the pair sees of the training data."""
+    with untouched_random_state(batches.smallest):
+        seen = transformed(transform, batches.smallest)
+    kinds = [[(t.shape[1:], t.dtype) for t in batch] for batch in (seen, held_out.smallest)]
     if kinds[0] != kinds[1]:
         raise ValueError(
             f"Expected validation data of the same shapes and dtypes as the training data, "
