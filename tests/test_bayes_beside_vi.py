@@ -13,7 +13,7 @@ from pyro_lvm.inference_data import summarize
 
 THROWS = torch.tensor([2, 0, 2, 2, 1, 2, 0, 2])  # a die of three faces is cheaper
 COUNTS = torch.bincount(THROWS, minlength=3)
-PRIOR = torch.tensor([1.0, 0.5, 2.0])
+PRIOR = torch.tensor([2.0, 2.5, 2.0])  # with one throw less, 1 / p still has a variance
 EXACT = dist.Dirichlet(PRIOR + COUNTS)
 
 
