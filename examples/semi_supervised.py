@@ -18,7 +18,7 @@ classifier trained by the labels alone. The settings were chosen on validation i
 
     python examples/semi_supervised.py                                      # 8 x 8 digits
     python examples/semi_supervised.py --data folder/of/MNIST --labels 100
-    python examples/semi_supervised.py --data folder/of/MNIST --labels 3000
+    python examples/semi_supervised.py --data folder/of/MNIST --labels 3000 --weight 10
 """
 
 import argparse
