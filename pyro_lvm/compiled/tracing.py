@@ -12,6 +12,8 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor, fx, nn
+from torch._guards import TracingContext, tracing
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -106,7 +108,9 @@ def trace(function: Callable[..., Any], tensors: Sequence[Tensor], arguments: An
         Exception: If the function can't be recorded, most of all because its Python depends on the
             value of a tensor.
     """
-    with recordable():
+    # one record of shapes for all operations: make_fx else sets up another one for each of them
+    shapes = TracingContext(FakeTensorMode(allow_fallback_kernels=True))
+    with recordable(), tracing(shapes):
         module = make_fx(lambda _, given: function(*given))(list(tensors), tuple(arguments))
     graph = module.graph
     for node in graph.find_nodes(op="get_attr"):
