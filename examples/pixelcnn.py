@@ -20,11 +20,12 @@ draws of x given the z of some test images, and their averages, which are like t
 z is used.
 
     python examples/pixelcnn.py                         # 8 x 8 digits of scikit-learn, minutes
-    python examples/pixelcnn.py --data folder/of/MNIST  # some fifteen minutes on two cores
+    python examples/pixelcnn.py --data folder/of/MNIST  # half an hour on two cores
 """
 
 import argparse
 from functools import partial
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -67,15 +68,15 @@ def options() -> argparse.Namespace:
     own.set_defaults(epochs=None, images=100, samples=200)
     args = own.parse_args()
     if args.epochs is None:
-        args.epochs = 40 if args.data is None else 1
+        args.epochs = 40 if args.data is None else 3
     return ready(args)
 
 
-def sizes(data: lvm.datasets.Split) -> dict[str, int]:
-    """Of the network: how many channels and layers, and how far the first one looks."""
+def sizes(data: lvm.datasets.Split) -> dict[str, Any]:
+    """Of the network, which knows where in an image it is: how large it is, how far it looks."""
     if data.train.shape[1] > 100:
-        return {"channels": 16, "layers": 4, "first_kernel_size": 7}
-    return {"channels": 8, "layers": 3, "first_kernel_size": 5}
+        return {"channels": 16, "layers": 4, "kernel_size": 5, "position_bias": True}
+    return {"channels": 8, "layers": 3, "first_kernel_size": 5, "position_bias": True}
 
 
 def build_density(data: lvm.datasets.Split) -> lvm.models.Density:

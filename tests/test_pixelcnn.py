@@ -25,6 +25,8 @@ def network(image_shape=THREE, channels=3, layers=3, *, seed=0, scale=1.5, **set
     with torch.no_grad():
         for name, parameter in net.named_parameters():
             parameter.mul_(3 * scale if "context" in name else scale)
+            if name == "position_bias":  # else zero at the start
+                parameter.normal_()
     return net
 
 
@@ -93,7 +95,7 @@ def reference_logits(net, image, z):
     h = torch.stack([at(x, r, c - 1) for r, c in positions]).reshape(net.height, net.width, 1)
     for block in net.blocks:
         s = block.vertical.weight.shape[-1] // 2
-        bias_v, bias_h = (0.0, 0.0) if z is None else block.context.weight.mv(z).chunk(2)
+        bias = torch.zeros(4 * block.mix.out_channels) if z is None else block.context.weight.mv(z)
         new_v, new_h = [], []
         for r, c in positions:
             raw = block.vertical.bias.clone()
@@ -103,6 +105,10 @@ def reference_logits(net, image, z):
             across = block.horizontal.bias.clone()
             for back in range(s + 1):
                 across += block.horizontal.weight[:, :, 0, s - back] @ at(h, r, c - back)
+            here = bias
+            if net.position_bias is not None and block is net.blocks[0]:
+                here = bias + net.position_bias[:, r, c]
+            bias_v, bias_h = here.chunk(2)
             new = gate(across + link + bias_h)
             new_v.append(gate(raw + bias_v))
             new_h.append(h[r, c] + block.mix.weight[:, :, 0, 0] @ new + block.mix.bias)
@@ -112,10 +118,15 @@ def reference_logits(net, image, z):
     return (hidden @ last.weight[:, :, 0, 0].T + last.bias).reshape(len(positions), -1)
 
 
+@pytest.mark.parametrize("position_bias", [False, True])
 @pytest.mark.parametrize("levels", [2, 3])
 @pytest.mark.parametrize("context_features", [None, 2])
-def test_logits_by_their_definition(float64, levels, context_features):
-    settings = {"context_features": context_features, "num_categories": levels}
+def test_logits_by_their_definition(float64, levels, context_features, position_bias):
+    settings = {
+        "context_features": context_features,
+        "num_categories": levels,
+        "position_bias": position_bias,
+    }
     net = network((4, 3), 2, 3, kernel_size=3, first_kernel_size=5, **settings)
     x = torch.randint(levels, (3, 12)).double()
     z = None if context_features is None else torch.randn(3, context_features)
@@ -171,6 +182,17 @@ def test_how_far_a_pixel_sees(float64, layers, further):
     assert torch.equal(found, expected)
 
 
+def test_the_bias_tells_where_a_pixel_is():
+    """Far from the borders pixels are alike without it; at the start they are with it, too."""
+    blank = torch.zeros(1, 11 * 11)
+    for settings, alike in [({}, True), ({"position_bias": True}, False)]:
+        net = network((11, 11), 8, 2, first_kernel_size=3, **settings)
+        middle = net.logits(blank).reshape(11, 11)[5:9, 4:7]
+        assert (middle.std() < 1e-6) == alike
+    net = PixelCNN((11, 11), 8, 2, first_kernel_size=3, position_bias=True)
+    assert net.logits(blank).reshape(11, 11)[5:9, 4:7].std() < 1e-6
+
+
 # ------------------------------------------------------------------------------------- draws
 
 
@@ -192,6 +214,9 @@ NETWORKS = {
     "context": ((6, 5), 3, {"context_features": 2}),
     "levels": ((4, 5), 3, {"num_categories": 5}),
     "levels and context": ((5, 4), 2, {"num_categories": 3, "context_features": 3}),
+    "position": ((4, 5), 3, {"position_bias": True}),
+    "position of one row": ((1, 6), 2, {"position_bias": True}),
+    "position and context": ((5, 4), 2, {"position_bias": True, "context_features": 2}),
 }
 
 
@@ -388,6 +413,7 @@ def as_recorded(graph, inputs=None):
 
 PAIRS = {
     "density": lambda: lvm.models.Density(network()),
+    "density of positions": lambda: lvm.models.Density(network(position_bias=True)),
     "density of levels": lambda: lvm.models.Density(network(num_categories=3)),
     "vae": conditional_vae,
     "vae of images": lambda: lvm.models.PixelCNNVAE(

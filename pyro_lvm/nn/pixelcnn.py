@@ -33,6 +33,10 @@ class PixelCNN(Configured, nn.Module):
 
     with z the context, the same at all pixels, and the horizontal stack adds its layers up.
 
+    Convolutions treat all pixels alike but those that see a border. Where images have their content
+    in the middle, as digits do, ``position_bias`` gives the gates of the first layer a learned
+    number at every pixel, ``W_1 * x + V_1 z + b_(row, column)``, and the network knows where it is.
+
     Images are of one channel. Those of shape ``(H, W)`` are flat events of ``H * W`` pixels, rows
     of data as they often come; those of ``(1, H, W)`` are images.
 
@@ -45,6 +49,7 @@ class PixelCNN(Configured, nn.Module):
             categorical (whose input is the level as a number).
         kernel_size: Width of the convolutions, odd.
         first_kernel_size: That of the first layer.
+        position_bias: Whether the first layer has a bias for every pixel, zero at the start.
 
     Raises:
         ValueError: If a size is not positive, there are several channels of the image, fewer than
@@ -66,6 +71,7 @@ class PixelCNN(Configured, nn.Module):
         num_categories: int = 2,
         kernel_size: int = 3,
         first_kernel_size: int = 7,
+        position_bias: bool = False,
     ) -> None:
         super().__init__()
         self.event_shape, self.height, self.width = _shapes(image_shape)
@@ -83,6 +89,8 @@ class PixelCNN(Configured, nn.Module):
             _Block(fan_in, channels, size, context_features)
             for fan_in, size in zip(depth, sizes, strict=True)
         )
+        at_pixels = torch.zeros(4 * channels, self.height, self.width)
+        self.position_bias = nn.Parameter(at_pixels) if position_bias else None
         per_pixel = 1 if num_categories == 2 else num_categories
         self.readout = nn.Sequential(
             nn.ReLU(),
@@ -128,8 +136,7 @@ class PixelCNN(Configured, nn.Module):
         x = self._scaled(value).reshape(-1, 1, self.height, self.width)
         v = F.pad(x, (0, 0, 1, -1))  # what a pixel sees above it: one row down
         h = F.pad(x, (1, -1))  # and to the left of it: one column to the right
-        for block in self.blocks:
-            of_v, of_h = block.biases(context)
+        for block, (of_v, of_h) in zip(self.blocks, self._biases(context), strict=True):
             raw = block.vertical(block.padded_above(v))
             h = block.across(block.padded_left(h), h, block.link(raw) + of_h)
             v = _gate(raw + of_v)
@@ -152,11 +159,23 @@ class PixelCNN(Configured, nn.Module):
             ``B x P`` for the first pixel, and, when it is sent the pixel ``B``, for the next one.
         """
         zero = self.blocks[0].link.weight.new_zeros(())
-        biases = [block.biases(context) for block in self.blocks]
+        biases = self._biases(context)
         above = [zero.expand(num_values, *block.above(self.width)) for block in self.blocks]
         row = zero.expand(num_values, 1, 1, self.width)  # the one above the image
-        for _ in range(self.height):
-            row = yield from self._steps_of_a_row(self._from_above(row, above, biases))
+        for i in range(self.height):
+            of_row = [(_at_row(of_v, i), _at_row(of_h, i)) for of_v, of_h in biases]
+            row = yield from self._steps_of_a_row(self._from_above(row, above, of_row))
+
+    def _biases(self, context: Tensor | None) -> list[tuple[Any, Any]]:
+        """What the gates of every layer's two stacks get of the context, and of where they are.
+
+        Those are numbers, or of shape ``B x gates x 1 x 1``, ``1 x gates x H x W``, or both.
+        """
+        biases = [block.biases(context) for block in self.blocks]
+        if self.position_bias is not None:
+            of_v, of_h = self.position_bias[None].chunk(2, 1)
+            biases[0] = biases[0][0] + of_v, biases[0][1] + of_h
+        return biases
 
     def _from_above(
         self, row: Tensor, above: list[Tensor], biases: list[tuple[Any, Any]]
@@ -166,7 +185,7 @@ class PixelCNN(Configured, nn.Module):
         Args:
             row: The last row, ``B x 1 x 1 x W``.
             above: What each layer has kept of the rows before; moves on by one.
-            biases: What each layer's gates get of the context.
+            biases: What each layer's gates get of the context and the place.
         """
         links, v = [], row
         for i, (block, (of_v, of_h)) in enumerate(zip(self.blocks, biases, strict=True)):
@@ -198,7 +217,7 @@ class PixelCNN(Configured, nn.Module):
         """The settings, for ``repr``."""
         return (
             f"image_shape={self.image_shape}, context_features={self.context_features}, "
-            f"num_categories={self.num_categories}"
+            f"num_categories={self.num_categories}, position_bias={self.position_bias is not None}"
         )
 
 
@@ -267,6 +286,12 @@ class _Block(nn.Module):
     def left(self) -> tuple[int, ...]:
         """The shape of the pixels that the horizontal stack sees at a time."""
         return self.in_channels, 1, self.reach + 1
+
+
+def _at_row(bias: Any, row: int) -> Any:
+    """A bias at one row of the image, if it differs from row to row."""
+    differs = isinstance(bias, Tensor) and bias.shape[2] > 1
+    return bias[:, :, row : row + 1] if differs else bias
 
 
 def _gate(raw: Tensor) -> Tensor:
