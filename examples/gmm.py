@@ -29,6 +29,7 @@ import numpy as np
 import pandas as pd
 import pyro.distributions as dist
 import torch
+import xarray as xr
 from common import parser, ready, save
 from matplotlib.patches import Ellipse
 from nuts import nuts
@@ -194,7 +195,7 @@ def ordered(idata: Any) -> dict[str, Any]:
         values = posterior[name].values
         index = order.reshape(order.shape + (1,) * (values.ndim - order.ndim))
         arrays[name] = (posterior[name].dims, np.take_along_axis(values, index, axis=2))
-    return {"posterior": type(posterior)(arrays, coords=posterior.coords)}
+    return {"posterior": xr.Dataset(arrays, coords=dict(posterior.coords))}
 
 
 def draw(

@@ -13,8 +13,10 @@ priors that are learned can only gain, and the richer ones gain more:
     flow        z = f(e), e ~ N(0, I), an autoregressive flow of Zuko's
     layers      z2 ~ N(0, I), z1 ~ p(z1 | z2): a second layer of latents as the prior of the first
 
-What they gain is measured by log p(x) of held-out images. The components of a mixture are clusters
-as well: how often do the images of one have the same label, which no model has seen?
+That is so of images to train on; what is left of it is measured by log p(x) of held-out images.
+(Little, where z says as little of an image as it does of a binary one of 8 x 8 pixels.) The
+components of a mixture are clusters as well: how often do the images of one have the same label,
+which no model has seen?
 
     python examples/mixture_vae.py                              # 8 x 8 digits of scikit-learn
     python examples/mixture_vae.py --data folder/of/MNIST

@@ -176,7 +176,7 @@ def posteriors(pairs: dict[str, Pair], data: "Data", args: argparse.Namespace) -
     The last is log p(x_i | globals), z_i integrated out for every draw of the globals: what
     leave-one-out cross-validation needs.
     """
-    few = max(2, min(args.samples // 10, 100))
+    few = max(25, min(args.samples // 10, 100))
     settings = {"num_samples": few, "num_weights": few, "predictive": False}
     return {n: lvm.to_arviz(*pair, data.train, **settings) for n, pair in pairs.items()}
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["compare"]
 
+_LEAST_DRAWS = 25  # a fifth of them is the tail that is smoothed, and ArviZ wants five there
+
 
 def compare(scores: Mapping[str, Any]) -> "pd.DataFrame":
     """Rank models by held-out log p(x), with the paired error of each difference.
@@ -40,7 +42,8 @@ def compare(scores: Mapping[str, Any]) -> "pd.DataFrame":
     Raises:
         TypeError: If the scores are of different kinds.
         ValueError: If there are fewer than two, if they are of different data, or if the models'
-            likelihoods have different base measures (a density can't be ranked with a probability).
+            likelihoods have different base measures (a density can't be ranked with a probability);
+            if there are fewer than 25 draws to cross-validate by.
     """
     if len(scores) < 2:
         raise ValueError(f"Expected at least two models to compare; got {list(scores)}.")
@@ -110,6 +113,13 @@ def _cross_validated(arviz: Any, idata: Any) -> Any:
         values = rows.values.reshape(-1, rows.shape[-1])  # draws x N
         if rows.ndim == 3 and (values == values[0]).all():
             return _pointwise(arviz, values[0], np.full(values.shape[1], -np.inf), len(values))
+    posterior = idata["posterior"]
+    num_draws = posterior.sizes["chain"] * posterior.sizes["draw"]
+    if num_draws < _LEAST_DRAWS:
+        raise ValueError(
+            f"Expected at least {_LEAST_DRAWS} draws of the posterior for leave-one-out "
+            f"cross-validation; got {num_draws}. Take hundreds of them."
+        )
     return arviz.loo(idata, pointwise=True)
 
 
