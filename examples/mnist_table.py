@@ -198,7 +198,7 @@ ROWS = [
     binary("pixelcnn_vae", fit=of(pixelcnn), score=by_wide_guide, epochs=(3, 60), **few),
     binary("pixelcnn_infovae", fit=of(pixelcnn, elbo=pixelcnn.OBJECTIVES["InfoVAE"]),
            score=by_wide_guide, epochs=(3, 60), **few),
-    binary("semi_supervised", fit=of(semi_supervised), score=by_drawn_class, epochs=(30, 30)),
+    binary("semi_supervised", fit=of(semi_supervised), score=by_drawn_class, epochs=(30, 100)),
     binary("conditional_vae", fit=of(conditional_vae), score=by_guide, epochs=(100, 100),
            told_class=True),
     levels("gaussian", fit=baseline("Gaussian, full"), score=exactly),

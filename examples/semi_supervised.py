@@ -14,13 +14,12 @@ classes are summed out; and the classifier by its own error at the labels:
 Both kinds of images are in one tensor, with label -1 where there is none. Labelled ones are
 repeated there, since among tens of thousands a hundred would hardly be met. The classifier has
 convolutions (the paper's had none), so that errors are to be compared with those of the same
-classifier trained by the labels alone. The settings were chosen on validation images.
-
-MNIST takes a quarter of an hour on two cores, and twelve epochs are enough there.
+classifier trained by the labels alone. The settings were chosen on validation images. Of MNIST the images without a label
+halve that error; 1300 of 8 x 8 pixels do not lower it.
 
     python examples/semi_supervised.py                                      # 8 x 8 digits
-    python examples/semi_supervised.py --data folder/of/MNIST --epochs 12 --labels 100
-    python examples/semi_supervised.py --data folder/of/MNIST --epochs 12 --labels 3000 --weight 10
+    python examples/semi_supervised.py --data folder/of/MNIST --labels 100  # a quarter of an hour
+    python examples/semi_supervised.py --data folder/of/MNIST --labels 3000 --weight 10
 """
 
 import argparse
@@ -43,10 +42,13 @@ CLASSES = 10
 
 
 def main() -> None:
-    options = parser(__doc__, epochs=30)
+    options = parser(__doc__, epochs=0)
+    options.set_defaults(epochs=None)
     options.add_argument("--labels", type=int, default=100, help="as many of each class")
     options.add_argument("--weight", type=float, default=50.0, help="of a label's classification")
     args = ready(options.parse_args())
+    if args.epochs is None:  # an epoch of MNIST has forty times the steps of one of the digits
+        args.epochs = 100 if args.data is None else 12
     data = grey_images(args.data)
     vae, alone = build(data, args.weight), build(data).classifier
     history = Errors(data.validation, data.validation_labels)
