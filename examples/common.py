@@ -15,13 +15,19 @@ mpl.use("Agg")
 __all__ = ["arguments", "grey_images", "images", "parser", "ready", "save"]
 
 
-def parser(doc: str | None, *, epochs: int) -> argparse.ArgumentParser:
-    """The options that every example has; its first line of documentation says what it does."""
+def parser(
+    doc: str | None, *, epochs: int, of_digits: int | None = None
+) -> argparse.ArgumentParser:
+    """The options that every example has; its first line of documentation says what it does.
+
+    An epoch of MNIST has forty times the steps of one ``of_digits``, where more of them are needed.
+    """
     options = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     options.add_argument(
         "--data", type=Path, help="a folder with MNIST; scikit-learn's digits if none"
     )
-    options.add_argument("--epochs", type=int, default=epochs)
+    options.add_argument("--epochs", type=int)
+    options.set_defaults(default_epochs=(epochs, epochs if of_digits is None else of_digits))
     options.add_argument("--images", type=int, default=1000, help="held-out images to score")
     options.add_argument("--samples", type=int, default=5000, help="for log p(x) of each image")
     options.add_argument("--device", default="auto", help="cpu, cuda, ...; a GPU if there is one")
@@ -36,7 +42,9 @@ def arguments(doc: str | None, *, epochs: int) -> argparse.Namespace:
 
 
 def ready(args: argparse.Namespace) -> argparse.Namespace:
-    """Name the device, seed the generator, and make the folder for pictures."""
+    """Name device and epochs, seed the generator, and make the folder for pictures."""
+    if args.epochs is None:
+        args.epochs = args.default_epochs[args.data is None]
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(args.seed)

@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 from common import grey_images, parser, ready, save
 from digit_classifier import CLASSES, agreement, train_classifier
-from gan import BALANCE, LATENTS, adam, discriminator, epochs_for, generator, plot_players
+from gan import BALANCE, LATENTS, adam, discriminator, generator, plot_players
 from torch import nn
 
 import pyro_lvm as lvm
@@ -32,12 +32,10 @@ ORDERED = 200  # draws of each class that are judged
 
 
 def main() -> None:
-    options = parser(__doc__, epochs=30)
+    options = parser(__doc__, epochs=30, of_digits=150)
     options.add_argument("--seeds", type=int, default=1, help="how many runs, from --seed on")
-    options.set_defaults(epochs=None)
     args = ready(options.parse_args())
     data = grey_images(args.data)
-    args.epochs = args.epochs or epochs_for(data)
     classifier = train_classifier(data, device=args.device)
     rows, shown = {}, None
     for seed in range(args.seed, args.seed + args.seeds):

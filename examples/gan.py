@@ -49,12 +49,10 @@ leaky = functools.partial(nn.LeakyReLU, 0.2)
 
 
 def main() -> None:
-    options = parser(__doc__, epochs=30)
+    options = parser(__doc__, epochs=30, of_digits=150)
     options.add_argument("--seeds", type=int, default=1, help="how many runs, from --seed on")
-    options.set_defaults(epochs=None)
     args = ready(options.parse_args())
     data = grey_images(args.data)
-    args.epochs = args.epochs or epochs_for(data)
     classifier = train_classifier(data, device=args.device)
     rows, shown = {}, {}
     for seed in range(args.seed, args.seed + args.seeds):
@@ -67,11 +65,6 @@ def main() -> None:
     table = pd.DataFrame(rows).T
     print(f"{table.round(2).to_string()}")
     draw(shown, data, args)
-
-
-def epochs_for(data: lvm.datasets.Split) -> int:
-    """30 on MNIST; as many as take a tenth of the steps on few images."""
-    return 30 if len(data.train) > 10_000 else 150
 
 
 def build(data: lvm.datasets.Split) -> lvm.models.GAN:

@@ -20,7 +20,7 @@ draws of x given the z of some test images, and their averages, which are like t
 z is used.
 
     python examples/pixelcnn.py                         # 8 x 8 digits of scikit-learn, minutes
-    python examples/pixelcnn.py --data folder/of/MNIST  # half an hour on two cores
+    python examples/pixelcnn.py --data folder/of/MNIST  # an hour of one core
 """
 
 import argparse
@@ -45,7 +45,9 @@ ROWS = 500  # images that a decoder works on at a time
 
 
 def main() -> None:
-    args = options()
+    options = parser(__doc__, epochs=3, of_digits=40)
+    options.set_defaults(images=100, samples=200)
+    args = ready(options.parse_args())
     data = images(args.data)
     x = data.test.to(args.device)
     pixelcnn = build_density(data)
@@ -60,16 +62,6 @@ def main() -> None:
         rows[f"VAE, {name}"] = score(vae, x[: args.images], args.samples) | information(vae, x)
     print(pd.DataFrame(rows).T.to_string(na_rep="", float_format=lambda v: f"{v:.2f}"))
     save(draw(pixelcnn, vaes, x[:8], data.image_shape), args, "pixelcnn")
-
-
-def options() -> argparse.Namespace:
-    """An epoch of MNIST has forty times the steps of one of the digits."""
-    own = parser(__doc__, epochs=0)
-    own.set_defaults(epochs=None, images=100, samples=200)
-    args = own.parse_args()
-    if args.epochs is None:
-        args.epochs = 40 if args.data is None else 3
-    return ready(args)
 
 
 def sizes(data: lvm.datasets.Split) -> dict[str, Any]:

@@ -42,13 +42,10 @@ CLASSES = 10
 
 
 def main() -> None:
-    options = parser(__doc__, epochs=0)
-    options.set_defaults(epochs=None)
+    options = parser(__doc__, epochs=12, of_digits=100)
     options.add_argument("--labels", type=int, default=100, help="as many of each class")
     options.add_argument("--weight", type=float, default=50.0, help="of a label's classification")
     args = ready(options.parse_args())
-    if args.epochs is None:  # an epoch of MNIST has forty times the steps of one of the digits
-        args.epochs = 100 if args.data is None else 12
     data = grey_images(args.data)
     vae, alone = build(data, args.weight), build(data).classifier
     history = Errors(data.validation, data.validation_labels)

@@ -98,6 +98,17 @@ def test_page(name, tmp_path, monkeypatch, capfd):
     assert (tmp_path / f"{name}.png").stat().st_size > 5_000
 
 
+@pytest.mark.parametrize(
+    ("options", "epochs"), [([], 100), (["--data", "folder"], 12), (["--epochs", "7"], 7)]
+)
+def test_few_images_take_more_epochs(options, epochs, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
+    common = importlib.import_module("common")
+    parser = common.parser("One page.", epochs=12, of_digits=100)
+    args = parser.parse_args([*options, "--out", str(tmp_path)])
+    assert common.ready(args).epochs == epochs
+
+
 def test_every_example_is_run():
     others = {"common", "digits", "infovae_toy", "memory_mapped", "nuts", "page"}
     others.add("digit_classifier")  # by those that ask it

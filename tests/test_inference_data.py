@@ -730,15 +730,7 @@ def test_global_latents_are_cross_validated():
 
 
 def test_too_few_draws_to_cross_validate():
-    def model(x):
-        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
-        with pyro.plate("data", len(x)):
-            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
-
-    def guide(x):
-        pyro.sample("mean", dist.Normal(0.0, 0.5))
-
-    few, enough = (to_arviz(model, guide, torch.randn(6), num_samples=n) for n in (24, 25))
+    few, enough = (to_arviz(*normal_mean(), torch.randn(6), num_samples=n) for n in (24, 25))
     with pytest.raises(ValueError, match=r"at least 25 draws of the posterior .* got 24"):
         compare({"a": few, "b": few})
     assert np.isfinite(compare({"a": enough, "b": enough})["mean"]).all()
