@@ -683,13 +683,13 @@ def test_a_pair_that_cant_be_recorded_runs_in_python():
 @pytest.mark.slow
 def test_what_is_called_often_is_compiled(monkeypatch):
     vae, x = small_vae().double(), torch.randn(4, 6)
-    compiled, compile_step = [], recorded.compile_step
+    compiled, compile_graph = [], recorded.compile_graph
 
     def counted(*args):
-        compiled.append(compile_step(*args))
+        compiled.append(compile_graph(*args))
         return compiled[-1]
 
-    monkeypatch.setattr(recorded, "compile_step", counted)
+    monkeypatch.setattr(recorded, "compile_graph", counted)
     path = Path(ends_of(vae.model, None, (x,), {}, plate="data", start="prior"), (x,), {})
     u, settings = torch.randn(4, 4, 2), {"temperatures": 5, "num_samples": 4}
     points = []

@@ -19,12 +19,12 @@ from pyro_lvm.pair import parameters_of
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 
 
-def as_recorded(graph, inputs=None):
+def as_recorded(graph, inputs):
     """A backend that runs what was recorded as it is."""
     return graph
 
 
-def no_backend(graph, inputs=None):
+def no_backend(graph, inputs):
     raise RuntimeError("no compiler here")
 
 
@@ -379,7 +379,7 @@ def test_a_tensor_in_place_of_another_is_seen(float64):
 def test_weights_in_tensors_take_effect_without_another_graph(float64, name):
     problem, made = PROBLEMS[name](), []
 
-    def counted(graph):
+    def counted(graph, _):
         made.append(graph)
         return graph
 

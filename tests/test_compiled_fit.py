@@ -25,7 +25,7 @@ NUM_DATA, BATCH = 70, 2  # more steps in an epoch than in a group
 @pytest.fixture
 def as_recorded(monkeypatch):
     """Graphs as they were recorded: what a compiler would make of them takes seconds."""
-    monkeypatch.setattr(step, "compile_step", lambda graph, inputs: graph)
+    monkeypatch.setattr(step, "compile_graph", lambda graph, inputs: graph)
 
 
 @pytest.fixture(autouse=True)

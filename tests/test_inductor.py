@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_lvm.compiled.inductor import _ProductsByOneDNN, compile_loss, compile_step
+from pyro_lvm.compiled.inductor import _ProductsByOneDNN, compile_graph
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler"),
@@ -68,7 +68,7 @@ def test_onednn_can_be_switched_off():
 
 
 def test_losses_and_gradients():
-    """A network whose products are large: its loss and gradient, compiled in both ways."""
+    """A network whose products are large."""
     torch.manual_seed(0)
     linear = nn.Linear(SIZES["K"], SIZES["N"])
     x = torch.randn(SIZES["M"], SIZES["K"])
@@ -78,10 +78,6 @@ def test_losses_and_gradients():
 
     parameters = list(linear.parameters())
     expected = torch.autograd.grad(loss(x, *parameters), parameters)
-    compiled = compile_loss(make_fx(loss)(x, *parameters))
-    torch.testing.assert_close(
-        torch.autograd.grad(compiled(x, *parameters), parameters), expected, rtol=1e-4, atol=1e-4
-    )
 
     def gradients(x, *values):
         values = [v.detach().requires_grad_() for v in values]
@@ -90,7 +86,7 @@ def test_losses_and_gradients():
 
     with torch.no_grad():
         inputs = [x, *parameters]
-        run = compile_step(make_fx(gradients, tracing_mode="fake")(*inputs), inputs)
+        run = compile_graph(make_fx(gradients, tracing_mode="fake")(*inputs), inputs)
         torch.testing.assert_close(tuple(run(*inputs)), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -106,7 +102,7 @@ def test_sums_by_index_stay_within_their_tensor():
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        (result,) = compile_step(graph, [x, weights])(x, weights)
+        (result,) = compile_graph(graph, [x, weights])(x, weights)
     finally:
         torch.set_num_threads(threads)
     torch.testing.assert_close(result, sums(x, weights)[0])

@@ -570,7 +570,7 @@ def test_compiled_losses_equal_eager_ones(kind):
     x, mask = torch.randn(12, D), holes(12, D)
     pair = small_vae() if kind == "vae" else lvm.GaussianMixture(2, D, kind)
     elbo = lvm.TraceInfo_ELBO()
-    graph = lvm.compile(elbo, pair.model, pair.guide, backend=lambda g: g)
+    graph = lvm.compile(elbo, pair.model, pair.guide, backend=lambda graph, _: graph)
     for data in (x, spoiled(x, mask)):
         for seen in (mask, mask.flip(0)):  # no mask is a constant of the graph
             own = spoiled(x, seen) if data.isnan().any() else x

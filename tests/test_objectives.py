@@ -88,7 +88,7 @@ def warm(elbo, model, guide, args):
 @each_suitable
 def test_compiled_loss_has_the_value_the_gradient_and_the_parts_of_python(name, objective):
     model, guide, args, elbo = pair_and_objective(name, objective)
-    module = lvm.compile(elbo, model, guide, backend=lambda graph: graph).initialize(*args)
+    module = lvm.compile(elbo, model, guide, backend=lambda graph, _: graph).initialize(*args)
     if objective == "implicit, penalty":  # a derivative of a derivative: seen, and left to Python
         assert "gradient" in module.fallback_reason
     else:

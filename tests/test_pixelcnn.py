@@ -406,7 +406,7 @@ def test_no_moments(moment):
 # ------------------------------------------------------------------------------------ as pairs
 
 
-def as_recorded(graph, inputs=None):
+def as_recorded(graph, inputs):
     """A backend that runs what was recorded as it is."""
     return graph
 

@@ -19,12 +19,12 @@ from pyro_lvm.compiled.recordable import recordable
 from pyro_lvm.compiled.tracing import trace
 
 
-def as_recorded(graph, inputs=None):
+def as_recorded(graph, inputs):
     """A backend that runs what was recorded as it is."""
     return graph
 
 
-def no_backend(graph, inputs=None):
+def no_backend(graph, inputs):
     raise RuntimeError("no compiler here")
 
 

@@ -296,7 +296,7 @@ def data(num=NUM_DATA):
 def graphs(monkeypatch):
     """Let steps run as they were recorded; returns the list of all graphs."""
     made = []
-    monkeypatch.setattr(step, "compile_step", lambda graph, inputs: made.append(graph) or graph)
+    monkeypatch.setattr(step, "compile_graph", lambda graph, inputs: made.append(graph) or graph)
     return made
 
 

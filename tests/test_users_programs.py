@@ -212,7 +212,7 @@ def assert_trains(elbo, model, guide, *args, rate=0.02, steps=25, **kwargs):
 
 def assert_recorded(elbo, model, guide, *calls):
     """A recorded loss is that of Python in every call, and none of them ran in Python."""
-    compiled = lvm.compile(elbo, model, guide, backend=lambda graph: graph)
+    compiled = lvm.compile(elbo, model, guide, backend=lambda graph, _: graph)
     for args in calls:
         elbo.loss(model, guide, *args)
         compiled(*args)
@@ -447,7 +447,7 @@ def test_a_recorded_loss_follows_what_a_mask_selects(model):
     elbo = TraceInfo_ELBO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it may say that it runs in Python
-        compiled = lvm.compile(elbo, model, None, backend=lambda graph: graph)
+        compiled = lvm.compile(elbo, model, None, backend=lambda graph, _: graph)
         for seen in (many, few, many):
             python = elbo.loss(model, None, x, seen.bool())
             assert compiled(x, seen.bool()).item() == pytest.approx(python, rel=1e-10)

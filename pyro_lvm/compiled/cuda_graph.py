@@ -6,18 +6,35 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-__all__ = ["CudaGraph"]
+__all__ = ["CudaGraph", "on_cuda"]
 
 Function = Callable[..., Sequence[Tensor]]
 _WARM_UP = 3  # libraries set themselves up in their first calls
+
+
+def on_cuda(
+    function: Function,
+    inputs: Sequence[Tensor],
+    *,
+    copied: Collection[int],
+    undone: Callable[[], AbstractContextManager],
+) -> Function:
+    """A function as a `CudaGraph` if all of its arguments are on a CUDA device, else as it is.
+
+    A number on the host would be for ever what it was when the graph was captured.
+    """
+    if not all(t.is_cuda for t in inputs):
+        return function
+    return CudaGraph(function, inputs, copied=copied, undone=undone)
 
 
 class CudaGraph:
     """A function of tensors as a CUDA graph.
 
     A graph reads its arguments where they were when it was captured. Some are copied there in every
-    call; the others, such as large data that are given again and again, are read where they are,
-    and if one of them is another tensor than before, the function is captured once more.
+    call; the others, such as parameters, and large data that are given again and again, are read
+    where they are, and if one of them is elsewhere than before, the function is captured once more.
+    What is returned is the caller's to keep.
 
     Args:
         function: The function, which may change its arguments in place.
@@ -40,8 +57,7 @@ class CudaGraph:
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         """What the function returns for these arguments."""
-        pairs = enumerate(zip(self.inputs, inputs, strict=True))
-        if any(mine is not given for i, (mine, given) in pairs if i not in self.copied):
+        if any(inputs[i].data_ptr() != place for i, place in self.places.items()):
             self._capture(inputs)
         for i in self.copied:
             self.inputs[i].copy_(inputs[i])
@@ -50,6 +66,8 @@ class CudaGraph:
 
     def _capture(self, inputs: Sequence[Tensor]) -> None:
         self.inputs = [t.clone() if i in self.copied else t for i, t in enumerate(inputs)]
+        # a parameter may be the same object with other memory, once its module was moved
+        self.places = {i: t.data_ptr() for i, t in enumerate(inputs) if i not in self.copied}
         with self.undone():
             self.replay, self.outputs = _captured(self.function, self.inputs)
 

@@ -10,7 +10,10 @@ import torch._inductor
 from torch import Tensor, fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-__all__ = ["compile_loss", "compile_step"]
+__all__ = ["Backend", "compile_graph"]
+
+Backend = Callable[[fx.GraphModule, list[Tensor]], Callable[..., Sequence[Tensor]]]
+"""From a graph and its inputs to a function that runs it."""
 
 _aten = torch.ops.aten
 _LIBRARY = torch.library.Library("pyro_lvm", "DEF")
@@ -18,19 +21,18 @@ _LIBRARY.define("product(Tensor x, Tensor weight) -> Tensor")  # x weight^T, by 
 _LEAST_PRODUCT = 10**6  # multiplications, some 10 us: to get into Python and out again takes 3 us
 
 
-def compile_loss(graph: fx.GraphModule) -> Callable[..., Any]:
-    """``torch.compile`` a graph that is to be differentiated."""
-    return torch.compile(graph, fullgraph=True, dynamic=False, backend=compile_step)
-
-
-def compile_step(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Sequence[Tensor]]:
+def compile_graph(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Sequence[Tensor]]:
     """Compile a graph for inputs like these, without guards that look at them."""
     with _scatters_in_place():
         return torch._inductor.compile(graph, [*inputs], options=_options())
 
 
 def _options() -> dict[str, Any]:
-    return {"fallback_random": True, "post_grad_custom_post_pass": _ProductsByOneDNN()}
+    return {
+        "fallback_random": True,
+        "emulate_precision_casts": True,  # half precision where a recording has it, as in Python
+        "post_grad_custom_post_pass": _ProductsByOneDNN(),
+    }
 
 
 class _ProductsByOneDNN(CustomGraphPass):

@@ -1,14 +1,16 @@
 """The loss of a pair as compiled tensor operations: a module that any training loop can use."""
 
 import warnings
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
 from pyro.infer import ELBO
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from pyro_lvm.compiled.inductor import compile_loss
+from pyro_lvm.compiled.inductor import Backend, compile_graph
+from pyro_lvm.compiled.loss_graph import LossGraph
 from pyro_lvm.compiled.objective import (
     check_differentiable,
     loss_and_parts,
@@ -16,21 +18,18 @@ from pyro_lvm.compiled.objective import (
 )
 from pyro_lvm.compiled.recording import (
     NotRecordable,
-    Recording,
     find,
     kind_of,
     reason_of,
     record,
     settings_of,
     tensors_of,
-    unchanged,
 )
 from pyro_lvm.compiled.tracing import Footprint
-from pyro_lvm.pair import Program, modules_of, untouched_random_state
+from pyro_lvm.pair import Program, modules_of
 
-__all__ = ["Backend", "CompiledLoss", "compile"]
+__all__ = ["CompiledLoss", "compile"]
 
-Backend = Callable[[fx.GraphModule], Callable[..., Any]]
 _MOST_GRAPHS = 16  # kinds of arguments in one module; each takes seconds to compile
 
 
@@ -58,7 +57,8 @@ def compile(
         elbo: An objective of ours, or of Pyro's with a differentiable loss, or ``TraceGraph_ELBO``.
         model: The model.
         guide: The guide, or None if it samples nothing.
-        backend: From a graph to a function that runs it; ``torch.compile`` if None.
+        backend: From a graph and its inputs to a function that runs it, as ``torch.compile`` asks
+            for; Inductor if None, on CUDA as a CUDA graph.
 
     Returns:
         The loss as a module.
@@ -84,15 +84,16 @@ class CompiledLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_differentiable(elbo)
-        self.elbo, self.programs, self.backend = elbo, (model, guide), backend or compile_loss
+        self.elbo, self.programs, self.backend = elbo, (model, guide), backend or compile_graph
         self.owners = nn.ModuleList(modules_of(model, guide, *modules_of_objective(elbo)))
         self.fallback_reason: str | None = None
         self._footprint: Footprint | None = None
-        self._losses: dict[Hashable, _Compiled | None] = {}
+        self._losses: dict[Hashable, LossGraph | None] = {}
 
     def initialize(self, *args: Any, **kwargs: Any) -> "CompiledLoss":
         """Compile for arguments of this kind; random numbers and buffers stay as they were."""
-        self._compiled(args, kwargs, False)
+        with torch.enable_grad():
+            self._compiled(args, kwargs, False)
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -120,13 +121,14 @@ class CompiledLoss(nn.Module):
         compiled = self._compiled(args, kwargs, parts)
         if compiled is None:
             return loss_and_parts(self.elbo, *self.programs, args, kwargs, parts=parts)
-        return compiled(args, kwargs)
+        loss, *parts_of_it = compiled(tensors_of(args, kwargs))
+        return loss, dict(zip(compiled.recording.names, parts_of_it, strict=True))
 
-    def _compiled(self, args: tuple, kwargs: dict, parts: bool) -> "_Compiled | None":
+    def _compiled(self, args: tuple, kwargs: dict, parts: bool) -> LossGraph | None:
         if self._footprint is not None and not self._footprint.is_current():
             self._losses.clear()
         try:
-            kind = parts, kind_of(args, kwargs)
+            kind = parts, torch.is_grad_enabled(), kind_of(args, kwargs)
         except TypeError as error:
             self._fall_back(f"an argument is neither a tensor nor hashable ({error})")
             return None
@@ -135,30 +137,34 @@ class CompiledLoss(nn.Module):
             if len(self._losses) >= _MOST_GRAPHS:
                 self._fall_back(f"{_MOST_GRAPHS} kinds of arguments have a graph already")
                 return None
-            compiled = self._compile(args, kwargs, parts)
+            is_differentiable = torch.is_grad_enabled()
+            with torch.inference_mode(False):
+                args, kwargs = tree_map(_outside_inference_mode, (args, kwargs))
+                compiled = self._compile(args, kwargs, parts, is_differentiable)
             # the first run has found the modules whose modes belong to the key
             self._losses[kind, settings_of(self.elbo, self._footprint)] = compiled
             return compiled
         return self._losses[key]
 
-    def _compile(self, args: tuple, kwargs: dict, parts: bool) -> "_Compiled | None":
+    def _compile(
+        self, args: tuple, kwargs: dict, parts: bool, is_differentiable: bool
+    ) -> LossGraph | None:
         found = self._footprint = find(self.elbo, *self.programs, args, kwargs)
         try:
             recording = record(self.elbo, *self.programs, args, kwargs, found=found, parts=parts)
         except NotRecordable as error:
             self._fall_back(str(error))
             return None
-        with torch.enable_grad(), untouched_random_state(args, kwargs), unchanged(found.states):
-            try:
-                compiled = _Compiled(recording, self.backend)
-                loss = compiled(args, kwargs)[0]
-                problem = recording.other_loss(loss) or recording.other_gradient(loss)
-            except Exception as error:  # a compiler fails in its own ways, or is not there
-                problem = reason_of(error)
-        if problem is None:
-            return compiled
-        self._fall_back(problem)
-        return None
+        try:
+            return LossGraph(
+                recording,
+                tensors_of(args, kwargs),
+                differentiable=is_differentiable,
+                backend=self.backend,
+            )
+        except Exception as error:  # a compiler fails in its own ways, or is not there
+            self._fall_back(reason_of(error))
+            return None
 
     def _fall_back(self, reason: str) -> None:
         if self.fallback_reason is None:
@@ -166,13 +172,6 @@ class CompiledLoss(nn.Module):
             warnings.warn(f"This pair is not compiled, but run in Python: {reason}.", stacklevel=6)
 
 
-class _Compiled:
-    """A recording, compiled, as a function of the pair's arguments."""
-
-    def __init__(self, recording: Recording, backend: Backend) -> None:
-        self.inputs, self.names = recording.inputs, recording.names
-        self.run = backend(recording.graph)
-
-    def __call__(self, args: tuple, kwargs: dict) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, *parts = self.run(*self.inputs, *tensors_of(args, kwargs))
-        return loss, dict(zip(self.names, parts, strict=True))
+def _outside_inference_mode(leaf: Any) -> Any:
+    """A tensor that gradients can be computed with."""
+    return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from pyro_lvm.compiled.graphs import Rest, rest_of, without_idle_nodes
-from pyro_lvm.compiled.inductor import compile_step
+from pyro_lvm.compiled.inductor import compile_graph
 from pyro_lvm.compiled.recording import reason_of
 from pyro_lvm.compiled.tracing import trace
 from pyro_lvm.pair import untouched_random_state
@@ -90,7 +90,7 @@ def _compiled(rest: Rest, example: Tensor) -> Callable[..., Sequence[Tensor]] | 
     """What runs a graph faster; None if there is no compiler, or if it does something else."""
     with untouched_random_state((example,)):
         try:
-            run = compile_step(rest.module, [*rest.inputs, example])
+            run = compile_graph(rest.module, [*rest.inputs, example])
             return run if _agree(run(*rest.inputs, example), rest.run(example)) else None
         except Exception:  # a compiler fails in its own ways
             return None

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pyro_lvm.compiled.objective import loss_and_parts, modules_of_objective
-from pyro_lvm.compiled.tracing import Footprint, footprint, trace
+from pyro_lvm.compiled.tracing import Footprint, footprint, kind_of_tensor, trace
 from pyro_lvm.pair import Program, untouched_random_state
 
 _LIBRARIES = [*pyro.__path__, *torch.__path__, Path(__file__).parents[1]]
@@ -31,6 +31,7 @@ __all__ = [
     "settings_of",
     "tensors_of",
     "unchanged",
+    "undone",
 ]
 
 
@@ -76,9 +77,8 @@ class Recording:
         """How a compiled loss under the same random numbers differs; None if it does not."""
         return None if self.is_redrawn else difference(loss.detach(), self.loss)
 
-    def other_gradient(self, loss: Tensor) -> str | None:
+    def other_gradient(self, gradient: Sequence[Tensor | None]) -> str | None:
         """How the gradient of a compiled loss differs; None if it does not."""
-        gradient = torch.autograd.grad(loss, self.footprint.parameters, allow_unused=True)
         if self.is_redrawn:
             return None
         for mine, theirs in zip(gradient, self.gradient, strict=True):
@@ -140,7 +140,8 @@ def record(
         with untouched_random_state(args, kwargs), unchanged(found.states):
             try:
                 ours = graph(*recording.inputs, *tensors)[0]
-                reason = recording.other_loss(ours) or recording.other_gradient(ours)
+                by_parameters = torch.autograd.grad(ours, found.parameters, allow_unused=True)
+                reason = recording.other_loss(ours) or recording.other_gradient(by_parameters)
             except RuntimeError as error:  # an operation whose gradient Python alone knows
                 raise NotRecordable(reason_of(error)) from error
     if reason is not None:
@@ -188,6 +189,13 @@ def unchanged(tensors: Sequence[Tensor]) -> Iterator[None]:
                 tensor.copy_(value)
 
 
+@contextmanager
+def undone(inputs: Sequence[Tensor], changed: Sequence[Tensor]) -> Iterator[None]:
+    """Run a graph to see what it does: what it changes, and random numbers, are put back."""
+    with torch.no_grad(), untouched_random_state(tuple(inputs)), unchanged(changed):
+        yield
+
+
 def tensors_of(args: tuple, kwargs: dict) -> list[Tensor]:
     """The tensors in arguments, in order."""
     return [leaf for leaf in _flat(args, kwargs)[0] if isinstance(leaf, Tensor)]
@@ -196,11 +204,13 @@ def tensors_of(args: tuple, kwargs: dict) -> list[Tensor]:
 def kind_of(args: tuple, kwargs: dict) -> Hashable:
     """What decides about the graph of some arguments: their layout, and values of no tensor.
 
+    The precision that ``torch.autocast`` asks for belongs to it.
+
     Raises:
         TypeError: If an argument is neither a tensor nor hashable.
     """
     leaves, spec = _flat(args, kwargs)
-    key = tuple(_kind(leaf) for leaf in leaves), spec
+    key = tuple(_kind(leaf) for leaf in leaves), spec, _autocast()
     hash(key)
     return key
 
@@ -228,10 +238,16 @@ def settings_of(elbo: ELBO, found: Footprint | None) -> Hashable:
     return plain, modes, wrapped
 
 
+def _autocast() -> Hashable:
+    """The precision that operations on each kind of device are to have; None for their own."""
+    return tuple(
+        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        for device in ("cpu", "cuda")
+    )
+
+
 def _kind(leaf: Any) -> Hashable:
-    if not isinstance(leaf, Tensor):
-        return type(leaf), leaf
-    return leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad
+    return kind_of_tensor(leaf) if isinstance(leaf, Tensor) else (type(leaf), leaf)
 
 
 def difference(loss: Tensor, python: Tensor) -> str | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from pyro_lvm.compiled.graphs import rest_of
-from pyro_lvm.compiled.inductor import compile_step
+from pyro_lvm.compiled.inductor import compile_graph
 from pyro_lvm.compiled.recording import NotRecordable, difference, reason_of
 from pyro_lvm.compiled.tracing import trace
 from pyro_lvm.pair import untouched_random_state
@@ -86,7 +86,7 @@ class Repeated:
             NotRecordable: With the reason, if it can't be compiled.
         """
         try:
-            run = compile_step(*self._rest)
+            run = compile_graph(*self._rest)
             run(*self._rest.inputs)
         except Exception as error:
             raise NotRecordable(reason_of(error)) from error

@@ -11,7 +11,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
 
 from pyro_lvm.checks import check_count, check_data, check_positive
-from pyro_lvm.compiled.inductor import compile_step
+from pyro_lvm.compiled.inductor import Backend, compile_graph
 from pyro_lvm.compiled.objective import (
     check_differentiable,
     loss_and_parts,
@@ -30,7 +30,7 @@ from pyro_lvm.compiled.recording import (
     tensors_of,
     unchanged,
 )
-from pyro_lvm.compiled.step_graph import Clip, StepBackend, StepGraph
+from pyro_lvm.compiled.step_graph import Clip, StepGraph
 from pyro_lvm.compiled.tracing import Footprint
 from pyro_lvm.pair import (
     Program,
@@ -117,7 +117,7 @@ class CompiledStep:
         clip_norm: float | None = None,
         clip_value: float | None = None,
         parts: bool = False,
-        backend: StepBackend | None = None,
+        backend: Backend | None = None,
     ) -> None:
         check_differentiable(elbo)
         check_count("num_steps", num_steps)
@@ -138,7 +138,7 @@ class CompiledStep:
             self.optimizer, self._make_optimizer = None, optimizer or _adam
         self._num_steps, self._parts, self._divisor = num_steps, parts, divisor
         self._clip = Clip(clip_norm, clip_value)
-        self._backend = backend or compile_step
+        self._backend = backend or compile_graph
         self._draws = None if batch_size is None else _Draws(num_steps, batch_size)
         self._footprint: Footprint | None = None
         self._recording: Recording | None = None  # the last one

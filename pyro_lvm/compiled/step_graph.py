@@ -1,23 +1,21 @@
 """The graph of whole training steps: made from a recorded loss, and run on the tensors in place."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from pyro_lvm.compiled.cuda_graph import CudaGraph
-from pyro_lvm.compiled.recording import Recording, unchanged
+from pyro_lvm.compiled.cuda_graph import on_cuda
+from pyro_lvm.compiled.inductor import Backend
+from pyro_lvm.compiled.recording import Recording, undone
 from pyro_lvm.compiled.updates import Rule, rule_of
-from pyro_lvm.pair import untouched_random_state
 
-__all__ = ["Clip", "StepBackend", "StepGraph"]
-
-StepBackend = Callable[[fx.GraphModule, list[Tensor]], Callable[..., Sequence[Tensor]]]
+__all__ = ["Clip", "StepGraph"]
 
 
 class Clip(NamedTuple):
@@ -85,7 +83,7 @@ class StepGraph:
         num_steps: int,
         divisor: float,
         clip: Clip,
-        backend: StepBackend,
+        backend: Backend,
     ) -> None:
         self.recording, self.optimizer, self.num_steps = recording, optimizer, num_steps
         self.rules = [rule_of(optimizer, group) for group in optimizer.param_groups]
@@ -137,7 +135,7 @@ class StepGraph:
         """Whether pair and optimiser still hold the tensors that this graph changes."""
         return self.recording.footprint.is_current() and self.optimizer.state is self._state
 
-    def _compile(self, steps: Callable[[_Tensors], Tensor], backend: StepBackend) -> None:
+    def _compile(self, steps: Callable[[_Tensors], Tensor], backend: Backend) -> None:
         inputs, spec = tree_flatten(self.tensors)
         num_given = len(self.tensors.data) + len(self.tensors.rows)
         self.fixed = inputs[: len(inputs) - num_given]
@@ -146,28 +144,19 @@ class StepGraph:
             *self.recording.footprint.states,
         ]
 
-        @contextmanager
-        def undone() -> Iterator[None]:
-            with torch.no_grad(), untouched_random_state(tuple(inputs)), unchanged(changed):
-                yield
-
-        with undone():
+        with undone(inputs, changed):
             graph = make_fx(
                 lambda *flat: [steps(tree_unflatten(list(flat), spec))], tracing_mode="fake"
             )(*inputs)
             self.run = backend(graph, inputs)
-            self._check(inputs)
-        if all(t.is_cuda for t in inputs):  # a number on the host would be that of the capture
-            # rows change from call to call, and the data that they are rows of do not
-            copied = range(len(self.fixed), len(self.fixed) + (len(self.tensors.rows) or num_given))
-            self.run = CudaGraph(self.run, inputs, copied=copied, undone=undone)
-
-    def _check(self, inputs: list[Tensor]) -> None:
-        with untouched_random_state(tuple(inputs)):
+        with undone(inputs, changed):
             (table,) = self.run(*inputs)
         reason = self.recording.other_loss(table[0, 0])
         if reason is not None:
             raise ValueError(reason)
+        # rows change from call to call, and the data that they are rows of do not
+        copied = range(len(self.fixed), len(self.fixed) + (len(self.tensors.rows) or num_given))
+        self.run = on_cuda(self.run, inputs, copied=copied, undone=partial(undone, inputs, changed))
 
 
 class _Factors:

@@ -5,7 +5,7 @@ every step, so that one run shows it. ``make_fx`` records that run operation by 
 recording is a function of its own, free of Python, that a compiler can work on.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import pyro
@@ -20,7 +20,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from pyro_lvm.compiled.recordable import recordable
 from pyro_lvm.pair import modules_of
 
-__all__ = ["Footprint", "Graph", "footprint", "trace"]
+__all__ = ["Footprint", "Graph", "footprint", "kind_of_tensor", "trace"]
 
 
 class Footprint(NamedTuple):
@@ -31,12 +31,14 @@ class Footprint(NamedTuple):
         states: Buffers, and parameters that are frozen.
         modules: All modules, theirs included.
         homes: For each of these tensors where it can be looked up: a function that returns it.
+        kinds: What each of them was like.
     """
 
     parameters: list[Tensor]
     states: list[Tensor]
     modules: list[nn.Module]
     homes: list[Callable[[], Tensor | None]]
+    kinds: list[Hashable]
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -44,8 +46,12 @@ class Footprint(NamedTuple):
         return [*self.parameters, *self.states]
 
     def is_current(self) -> bool:
-        """Whether the program would still find the same tensors."""
-        return all(home() is tensor for home, tensor in zip(self.homes, self.tensors, strict=True))
+        """Whether the program would still find the same tensors, and as they were.
+
+        A parameter can be frozen, and a module in another precision has the same parameters.
+        """
+        entries = zip(self.homes, self.tensors, self.kinds, strict=True)
+        return all(home() is t and kind_of_tensor(t) == kind for home, t, kind in entries)
 
 
 class Graph(NamedTuple):
@@ -53,6 +59,11 @@ class Graph(NamedTuple):
 
     module: fx.GraphModule
     constants: list[Tensor]
+
+
+def kind_of_tensor(tensor: Tensor) -> Hashable:
+    """What of a tensor a graph takes for granted: all but its values."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 
 def footprint(run: Callable[[], Any], *programs: Any) -> Footprint:
@@ -159,7 +170,9 @@ def _footprint(modules: list[nn.Module], names: list[str]) -> Footprint:
     found = sorted(homes.values(), key=lambda entry: not entry[0].requires_grad)
     tensors = [tensor for tensor, _ in found]
     count = sum(t.requires_grad for t in tensors)
-    return Footprint(tensors[:count], tensors[count:], modules, [home for _, home in found])
+    homes_of = [home for _, home in found]
+    kinds = [kind_of_tensor(t) for t in tensors]
+    return Footprint(tensors[:count], tensors[count:], modules, homes_of, kinds)
 
 
 def _in_store(name: str) -> Callable[[], Tensor | None]:
